@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shlex
 import stat
 import sys
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from ringfence.cli.commands.dev import client_settings
-from ringfence.client.admin.administrator import Administrator
 from ringfence.dev.stack import Stack
-from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.messages.registry import Role
-from ringfence.model.identity.spiffe_ids import spiffe_id
 from tests.gateway.model_server import respond
 from tests.gateway.target import Target
+from tests.support.adopter import PROGRAM, Adopter
 from tests.support.scan_corpus import Maker
 
 MAKE = Maker(43)
 OPENAI = f"sk-proj-{MAKE.token(40)}T3BlbkFJ{MAKE.token(40)}"
 ANTHROPIC = f"sk-ant-api03-{MAKE.token(93)}AA"
 ASK = {"model": "m-1", "max_tokens": 9, "messages": [{"role": "user", "content": "Hello"}]}
-PROGRAM = (sys.executable, "-m", "ringfence.cli.main")
 _CALL = """
 import json, os, sys, httpx
 headers = json.loads(sys.argv[3])
@@ -59,84 +52,9 @@ sys.exit(main(sys.argv[1:]))
 STEPS = 8
 
 
-@dataclass
-class Reader:
-    """A developer with a folder of their own, who is operator, sponsor and the agent's user by three key files."""
-
-    stack: Stack
-    folder: Path
-    mark: str
-    secrets: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.environment = {
-            "PATH": os.environ["PATH"],
-            "HOME": str(self.folder),
-            "RINGFENCE_CONFIG": os.devnull,
-            "RINGFENCE_GATEWAY_SOCKETS": str(self.stack.sockets),
-            "RINGFENCE_GATEWAY_CA_FILE": str(self.stack.gateway_ca),
-            **self.stack.environment(),
-        }
-        self.keys = {
-            "--operator": self.stack.trust.user_key(self.stack.options.operator),
-            "--sponsor": self.folder / "sam.json",
-            "--user": self.folder / "maria.json",
-        }
-
-    @property
-    def agent(self) -> str:
-        return f"bot-{self.mark}"
-
-    def place(self, target: str) -> Path:
-        return self.stack.secrets / target
-
-    async def make(self) -> Reader:
-        settings = client_settings(self.stack.environment())
-        async with Administrator.connect(self.keys["--operator"], settings) as olga:
-            made: tuple[tuple[str, list[Role]], ...] = (("sam", ["sponsor"]), ("maria", []))
-            for who, roles in made:
-                name = f"{who}-{self.mark}"
-                key = SigningKey.generate(spiffe_id(settings.trust_domain, "user", name))
-                key.save(self.folder / f"{who}.json")
-                await olga.set_user(name, name=who.title(), roles=roles, keys=[key], entitlements=())
-        return self
-
-    async def run(self, *words: str, status: int = 0) -> str:
-        """What a command printed. No output has a secret."""
-        process = await asyncio.create_subprocess_exec(
-            *words, cwd=self.folder, env=self.environment, stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-        )  # fmt: skip
-        printed = (await asyncio.wait_for(process.communicate(), 120))[0].decode()
-        assert process.returncode == status, printed
-        for secret in self.secrets:
-            assert secret not in printed
-        return printed
-
-    async def adopt(
-        self, *words: str, without: Sequence[str] = (), status: int = 0, program: Sequence[str] = PROGRAM
-    ) -> str:
-        keys = [word for role, key in self.keys.items() if role not in without for word in (role, str(key))]
-        return await self.run(*program, "adopt", *words, *keys, "--yes", status=status)
-
-    async def ringfence(self, role: str, *words: str) -> str:
-        return await self.run(*PROGRAM, "--identity", str(self.keys[role]), *words)
-
-    async def as_printed(self, printed: str, role: str) -> None:
-        """Run the command that another person has to run, as they would."""
-        command = printed.partition("then run adopt again: ringfence ")[2].strip()
-        await self.ringfence(role, *shlex.split(command))
-
-    def state(self) -> dict[str, bytes]:
-        """All files of the folder of the state, by name."""
-        return {
-            one.name: one.read_bytes() for one in (self.folder / ".local/state/ringfence/adopt").iterdir()
-        }
-
-
 @pytest.fixture
-async def reader(stack: Stack, tmp_path: Path) -> Reader:
-    return await Reader(stack, tmp_path, uuid.uuid4().hex[:8]).make()
+async def reader(stack: Stack, tmp_path: Path) -> Adopter:
+    return await Adopter(stack, tmp_path, uuid.uuid4().hex[:8]).make()
 
 
 @pytest.fixture
@@ -155,7 +73,7 @@ async def server() -> AsyncIterator[Target]:
     ids=["openai", "anthropic"],
 )
 async def test_key_of_a_model_provider_in_a_dotenv_file(
-    reader: Reader, server: Target, variable: str, secret: str, path: str, header: str, value: str
+    reader: Adopter, server: Target, variable: str, secret: str, path: str, header: str, value: str
 ) -> None:
     dotenv = reader.folder / ".env"
     before = f"DEBUG=1\n{variable}={secret}\nOTHER=x\n"
@@ -213,7 +131,7 @@ async def test_key_of_a_model_provider_in_a_dotenv_file(
     assert server.requests[-1].values(header) == [value.format(rotated)]
 
 
-def dotenv_with_key(reader: Reader, server: Target) -> tuple[Path, str, tuple[str, ...]]:
+def dotenv_with_key(reader: Adopter, server: Target) -> tuple[Path, str, tuple[str, ...]]:
     """A file with an OpenAI key, the new target's id, and the words that begin its adoption."""
     dotenv = reader.folder / ".env"
     dotenv.write_text(f"OPENAI_API_KEY={OPENAI}\n")
@@ -238,7 +156,9 @@ def dotenv_with_key(reader: Reader, server: Target) -> tuple[Path, str, tuple[st
 
 
 @pytest.mark.timeout(300)
-async def test_adoption_goes_on_after_each_interruption_and_goes_back(reader: Reader, server: Target) -> None:
+async def test_adoption_goes_on_after_each_interruption_and_goes_back(
+    reader: Adopter, server: Target
+) -> None:
     dotenv, target, words = dotenv_with_key(reader, server)
     before = dotenv.read_text()
     for number in range(STEPS):
@@ -269,7 +189,7 @@ async def test_adoption_goes_on_after_each_interruption_and_goes_back(reader: Re
 
 
 @pytest.mark.timeout(300)
-async def test_each_person_runs_what_adopt_prints(reader: Reader, server: Target) -> None:
+async def test_each_person_runs_what_adopt_prints(reader: Adopter, server: Target) -> None:
     dotenv, target, words = dotenv_with_key(reader, server)
     maria = ("--on-behalf-of", f"maria-{reader.mark}")
     printed = await reader.adopt(*words, *maria, without=["--operator"], status=1)
@@ -288,7 +208,7 @@ async def test_each_person_runs_what_adopt_prints(reader: Reader, server: Target
 
 
 @pytest.mark.timeout(300)
-async def test_github_token_in_the_configuration_of_an_mcp_client(reader: Reader) -> None:
+async def test_github_token_in_the_configuration_of_an_mcp_client(reader: Adopter) -> None:
     token = MAKE.crc_token("ghp")
     reader.secrets.append(token)
     config = reader.folder / ".cursor" / "mcp.json"
@@ -312,13 +232,13 @@ async def test_github_token_in_the_configuration_of_an_mcp_client(reader: Reader
     assert json.loads(config.read_text()) == {"mcpServers": {"hub": changed}}
 
 
-async def test_password_is_no_key_of_an_api(reader: Reader) -> None:
-    (reader.folder / ".pgpass").write_text(f"db.corp.test:5432:shop:app:{MAKE.token(20)}\n")
-    printed = await reader.adopt(".pgpass", "--target", "shop", "--url", "http://127.0.0.1:1", status=1)
+async def test_password_is_no_key_of_an_api(reader: Adopter) -> None:
+    (reader.folder / ".my.cnf").write_text(f"[client]\nuser=app\npassword={MAKE.token(20)}\n")
+    printed = await reader.adopt(".my.cnf", "--target", "shop", "--url", "http://127.0.0.1:1", status=1)
     assert "only keys of HTTP APIs" in printed
 
 
-async def test_host_in_the_file_gets_no_secret(reader: Reader) -> None:
+async def test_host_in_the_file_gets_no_secret(reader: Adopter) -> None:
     (reader.folder / ".env").write_text(f"OPENAI_BASE_URL=https://evil.example/v1\nOPENAI_API_KEY={OPENAI}\n")
     allow = f"llm-{reader.mark}:generate:model/m-1"
     shown = await reader.adopt(".env", "--target", f"llm-{reader.mark}", "--allow", allow, "--dry-run")
@@ -327,7 +247,7 @@ async def test_host_in_the_file_gets_no_secret(reader: Reader) -> None:
 
 
 @pytest.mark.timeout(300)
-async def test_file_that_changed_meanwhile_is_left_alone(reader: Reader, server: Target) -> None:
+async def test_file_that_changed_meanwhile_is_left_alone(reader: Adopter, server: Target) -> None:
     dotenv, target, words = dotenv_with_key(reader, server)
     printed = await reader.adopt(*words, without=["--sponsor"], status=1)
     changed = f"OPENAI_API_KEY={OPENAI}\nNEW=1\n"
@@ -339,7 +259,7 @@ async def test_file_that_changed_meanwhile_is_left_alone(reader: Reader, server:
 
 
 @pytest.mark.timeout(300)
-async def test_trial_that_the_provider_refuses_leaves_the_key_in_the_file(reader: Reader) -> None:
+async def test_trial_that_the_provider_refuses_leaves_the_key_in_the_file(reader: Adopter) -> None:
     refusal = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n"
     async with Target(respond=lambda _: refusal).serving() as server:
         dotenv, _, words = dotenv_with_key(reader, server)
@@ -369,7 +289,7 @@ server.run()
 
 
 @pytest.mark.timeout(300)
-async def test_suggestion_for_an_mcp_server_is_run_as_it_is_printed(reader: Reader) -> None:
+async def test_suggestion_for_an_mcp_server_is_run_as_it_is_printed(reader: Adopter) -> None:
     program = reader.folder / "notes.py"
     program.write_text(_SERVER)
     target = f"notes-{reader.mark}"
@@ -393,6 +313,6 @@ async def test_suggestion_for_an_mcp_server_is_run_as_it_is_printed(reader: Read
     assert allowed == {("connect", "server"), ("read", "tool/get_note")}
 
 
-async def test_suggestion_says_that_a_program_is_no_mcp_server(reader: Reader) -> None:
+async def test_suggestion_says_that_a_program_is_no_mcp_server(reader: Adopter) -> None:
     wrap = ("mcp", "wrap", "--suggest", "--target", "notes", "--", sys.executable, "-c", "print('hello')")
     assert "did not list its tools" in await reader.run(*PROGRAM, *wrap, status=1)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -37,6 +38,8 @@ class Provider:
     """Options of `ringfence target add`."""
     scope: tuple[tuple[str, ...], str] | None = None
     """Verbs and resources where the person types no permission; None: they have to."""
+    example: str = "generate:model/NAME"
+    """What they type, after the target."""
     reads: tuple[tuple[str, ...], str] | None = None
     """Verbs and resources of the trial, if they are no part of the rest."""
     allowed: str = ""
@@ -75,6 +78,14 @@ PROVIDERS: Mapping[str, Provider] = {
     ),
 }
 """By the service of the kind of credential, which the scan knows by the credential's format."""
+POSTGRES = Provider(
+    "",
+    "",
+    ("--template", "postgres"),
+    example="read:DATABASE/SCHEMA/TABLE",
+    refused="SELECT FROM pg_catalog.pg_authid LIMIT 1",
+)
+"""Of passwords in `.pgpass`. The requests of its trial are statements; only a superuser may read `pg_authid`."""
 OTHER = Provider("", "", ("--template", "http"), (("read",), "path/**"), refused="OPTIONS /")
 
 
@@ -84,6 +95,8 @@ class Adoption(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
     target: str
+    kind: Literal["http", "postgres"] = "http"
+    """Of the target."""
     title: str
     """Of the credential."""
     file: Path
@@ -96,6 +109,7 @@ class Adoption(BaseModel):
     place: Path
     """The file of Ringfence's own secret for the target."""
     url: str
+    """Of the server, without a password."""
     typed: bool
     """True if the person typed the URL; otherwise it is the template's."""
     add: tuple[str, ...]

@@ -10,12 +10,14 @@ import pwd
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
 
 from ringfence.cli.adopt.adoption import AdoptFolder, Adoption, AdoptStoppedError
 from ringfence.kernel.base.private_files import open_private, write_private
 from ringfence.scan.file_scan import FileScanner
 from ringfence.scan.findings import Finding, Fingerprinter, SecretValue
 from ringfence.scan.output_guard import OutputGuard
+from ringfence.scan.readers.database_clients import PgpassReader, pgpass_fields, pgpass_text
 from ringfence.scan.source_files import MAX_FILE_BYTES, Root, UnreadableError
 
 PLACEHOLDER = "replaced-by-ringfence"
@@ -72,20 +74,32 @@ def identity_of(path: Path, fingerprinter: Fingerprinter) -> tuple[str, bytes, i
 
 
 def put_secret(adoption: Adoption, fingerprinter: Fingerprinter) -> None:
-    """Write the secret to its place, a new file of mode 0600. Raises AdoptStoppedError if another secret is there."""
+    """Write the secret to its place, a new file of mode 0600: a key, or the URL of a database with the password.
+
+    A URL that is there already stays: Ringfence needs a role that may create roles, which the exposed one seldom may.
+    Raises AdoptStoppedError if another key is there.
+    """
     secret = secret_of(adoption, adoption.file, fingerprinter)
     if adoption.place.exists():
-        if placed_fingerprint(adoption, fingerprinter) == adoption.exposed:
-            return  # an interrupted start put it there
+        if adoption.kind == "postgres" or placed_fingerprint(adoption, fingerprinter) == adoption.exposed:
+            return  # or an interrupted start put it there
         raise AdoptStoppedError(
             f"{adoption.place} exists: it has another secret for target {adoption.target}; name another --target"
         )
-    write_private(adoption.place, secret.reveal(), durable=True)  # whole or not at all
+    content = secret.reveal()
+    if adoption.kind == "postgres":
+        server = urlsplit(adoption.url)
+        user, _, host = server.netloc.rpartition("@")
+        content = server._replace(netloc=f"{user}:{quote(content, safe='')}@{host}").geturl()
+    write_private(adoption.place, content, durable=True)  # whole or not at all
 
 
 def placed_fingerprint(adoption: Adoption, fingerprinter: Fingerprinter) -> str:
     """Return the fingerprint of the secret in its place. Raises OSError."""
-    return fingerprinter.of(SecretValue(adoption.place.read_text().strip()))
+    content = adoption.place.read_text().strip()
+    if adoption.kind == "postgres":
+        content = unquote(urlsplit(content).password or "")
+    return fingerprinter.of(SecretValue(content))
 
 
 def remove_secret(adoption: Adoption, fingerprinter: Fingerprinter) -> str:
@@ -145,10 +159,23 @@ def restore_file(adoption: Adoption, folder: AdoptFolder) -> None:
 
 def _edited(adoption: Adoption, data: bytes, fingerprinter: Fingerprinter, path: Path) -> bytes:
     """Return the content of the file without the credential. Raises AdoptStoppedError."""
-    secret = secret_of(adoption, path, fingerprinter).reveal().encode()
+    value = secret_of(adoption, path, fingerprinter).reveal()
+    if adoption.reader == PgpassReader.name:
+        return b"".join(_pgpass_line(line, value) for line in data.splitlines(keepends=True))
+    secret = value.encode()
     if len(secret) < _SHORTEST or secret not in data:
         raise AdoptStoppedError(f"the credential in {adoption.file} is too short, or written in another form")
     return data.replace(secret, PLACEHOLDER.encode())
+
+
+def _pgpass_line(line: bytes, password: str) -> bytes:
+    """Return a line of `.pgpass`, with the placeholder if it has this password."""
+    text = line.decode("utf-8", "surrogateescape")
+    fields = pgpass_fields(text)
+    if fields is None or pgpass_text(fields[-1]) != password:
+        return line
+    before, after = text.split(text.strip(), 1)
+    return (before + ":".join((*fields[:-1], PLACEHOLDER)) + after).encode("utf-8", "surrogateescape")
 
 
 def readable_by(path: Path, user: str) -> bool:

@@ -7,11 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ringfence.backends.database import DatabaseLogin
 from ringfence.backends.secret_sources import BackendSettings
-from ringfence.cli.adopt.adoption import OTHER, PROVIDERS, AdoptFolder, Adoption, AdoptStoppedError, Provider
+from ringfence.cli.adopt.adoption import (
+    OTHER,
+    POSTGRES,
+    PROVIDERS,
+    AdoptFolder,
+    Adoption,
+    AdoptStoppedError,
+    Provider,
+)
 from ringfence.cli.adopt.files import credentials_in, identity_of
 from ringfence.cli.adopt.steps import Place, Role
-from ringfence.cli.shared.arguments import parse_scope, write_permission
+from ringfence.cli.shared.arguments import parse_permission, parse_scope, write_permission
 from ringfence.cli.shared.options import duration_s
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.settings import load
@@ -19,6 +28,7 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import Permission
 from ringfence.scan import kinds
 from ringfence.scan.findings import Finding, Pattern
+from ringfence.scan.readers.database_clients import PgpassReader
 
 _KINDS = {one.kind.id: one.kind for one in kinds.FORMATS}
 
@@ -46,11 +56,15 @@ def planned(file: Path, typed: Typed, folder: AdoptFolder, keys: Mapping[Role, P
     path = file.resolve()
     finding = _chosen(path, typed.field, folder)
     kind = _KINDS.get(finding.kind)
-    if finding.pattern is Pattern.PASSWORD or (kind and kind.template not in ("http", "github-api")):
+    database = finding.reader == PgpassReader.name
+    if not database and (
+        finding.pattern is Pattern.PASSWORD or (kind and kind.template not in ("http", "github-api"))
+    ):
         raise AdoptStoppedError(
-            f"a {finding.title} has no way here, only keys of HTTP APIs; see the steps of: ringfence scan --details"
+            f"a {finding.title} has no way here, only keys of HTTP APIs and the passwords of .pgpass; see the steps "
+            "of: ringfence scan --details"
         )
-    provider = PROVIDERS.get(kind.service or "", OTHER) if kind else OTHER
+    provider = POSTGRES if database else PROVIDERS.get(kind.service or "", OTHER) if kind else OTHER
     target = typed.target or provider.target
     if (begun := folder.load(target) if target else None) is not None:
         if begun.exposed != finding.fingerprint:
@@ -58,10 +72,15 @@ def planned(file: Path, typed: Typed, folder: AdoptFolder, keys: Mapping[Role, P
         return begun
     url = typed.url or provider.url
     if not target or not url:
-        raise AdoptStoppedError(
-            f"{finding.title} has no template; type --target, --url and --trial, as it is not known"
+        missing = (
+            "--target, --url postgresql://USER@HOST/DATABASE" if database else "--target, --url and --trial"
         )
-    if not (allowed := f"GET {typed.trial}" if typed.trial else provider.allowed):
+        raise AdoptStoppedError(f"{finding.title} has no template; type {missing}, as it is not known")
+    allow = _allow(target, provider, typed.allow)
+    add, allowed = provider.add, f"GET {typed.trial}" if typed.trial else provider.allowed
+    if database:
+        add, allowed = (*add, "--address", _address(url)), _statement(allow)
+    if not allowed:
         raise AdoptStoppedError("name a path that a GET may read, for the trial: --trial PATH")
     places = load(BackendSettings).secrets
     if places is None:
@@ -73,10 +92,11 @@ def planned(file: Path, typed: Typed, folder: AdoptFolder, keys: Mapping[Role, P
     duration_s(typed.lasts)
     assert finding.fingerprint is not None
     adoption = Adoption(
-        target=target, title=finding.title, file=path, reader=finding.reader, field=finding.place.field,
+        target=target, kind="postgres" if database else "http", title=finding.title, file=path,
+        reader=finding.reader, field=finding.place.field,
         exposed=finding.fingerprint, content=identity_of(path, folder.fingerprinter)[0],
-        place=places.absolute() / target, url=url.rstrip("/"), typed=typed.url is not None, add=provider.add,
-        allow=_allow(target, provider, typed.allow), agent=typed.agent, agent_key=key, new_agent=True, user=user,
+        place=places.absolute() / target, url=url.rstrip("/"), typed=typed.url is not None, add=add,
+        allow=allow, agent=typed.agent, agent_key=key, new_agent=True, user=user,
         lasts=typed.lasts, allowed=allowed, refused=provider.refused, headers=dict(provider.headers),
         rotate=kind.revoke_url if kind else None, started_s=int(time.time()),
     )  # fmt: skip
@@ -129,7 +149,7 @@ def _allow(target: str, provider: Provider, typed: tuple[str, ...]) -> tuple[str
 
     if not typed and provider.scope is None:
         raise AdoptStoppedError(
-            f"name the models that the agent may use: --allow '{target}:generate:model/NAME'; repeatable"
+            f"name what the agent may use: --allow '{target}:{provider.example}'; repeatable"
         )
     scope = list(parse_scope(typed)) if typed else [permission(*provider.scope)] if provider.scope else []
     if any(one.target != target for one in scope):
@@ -137,3 +157,25 @@ def _allow(target: str, provider: Provider, typed: tuple[str, ...]) -> tuple[str
     if provider.reads is not None:
         scope.append(permission(*provider.reads))
     return tuple(dict.fromkeys(map(write_permission, scope)))
+
+
+def _address(url: str) -> str:
+    """Return the `host:port` of a database for agents. Raises AdoptStoppedError for other URLs, or a password."""
+    try:
+        login = DatabaseLogin.parse(url, ("postgresql", "postgres"), 5432)
+    except ValueError:
+        login = None
+    if login is None or login.password or not login.database or login.host.startswith("/"):
+        raise AdoptStoppedError("type --url as postgresql://USER@HOST/DATABASE, without the password")
+    return f"[{login.host}]:{login.port}" if ":" in login.host else f"{login.host}:{login.port}"
+
+
+def _statement(allow: tuple[str, ...]) -> str:
+    """Return the statement of the trial that must succeed: a row of the first table that may be read."""
+    for permission in map(parse_permission, allow):
+        for resource in permission.resources:
+            names = resource.split("/")
+            if {"read", "select"} & set(permission.verbs) and len(names) == 3 and "*" not in resource:
+                schema, table = (name.replace('"', '""') for name in names[1:])
+                return f'SELECT FROM "{schema}"."{table}" LIMIT 1'
+    return "SELECT"

@@ -94,6 +94,10 @@ class MoveSecret:
     def describe(self, place: Place) -> Iterator[str]:
         one = place.adoption
         typed = "as you typed it" if one.typed else "of the template"
+        if one.kind == "postgres":
+            yield f"write {one.url}, with the password, to {one.place} (mode 0600), unless a URL is there already:"
+            yield "Ringfence logs in with it, and makes a role for each lease"
+            return
         yield f"copy the {one.title} to {one.place} (mode 0600); Ringfence sends it to {one.url}, {typed}"
 
     def do(self, place: Place) -> None:
@@ -190,16 +194,17 @@ class Trial:
 
     def describe(self, place: Place) -> Iterator[str]:
         one = place.adoption
-        yield f"through the gateway, as the agent: {one.allowed} must succeed, and {one.refused} must be refused"
+        way = "with a role of a lease" if one.kind == "postgres" else "through the gateway"
+        yield f"{way}, as the agent: {one.allowed} must succeed, and {one.refused} must be refused"
 
     def do(self, place: Place) -> None:
         one = place.adoption
-        words = (
-            *launch_words(one, _TRIAL_TTL, place.allows, "try it", _THIS),
-            *_PROGRAM, "ringfence.cli.adopt.trial",
-            *(_at(one.url, text) for text in (one.allowed, one.refused)),
-            json.dumps(one.headers),
-        )  # fmt: skip
+        words = (*launch_words(one, _TRIAL_TTL, place.allows, "try it", _THIS), *_PROGRAM)
+        if one.kind == "postgres":
+            words += ("ringfence.cli.adopt.database_trial", one.allowed, one.refused)
+        else:
+            requests = (_at(one.url, text) for text in (one.allowed, one.refused))
+            words += ("ringfence.cli.adopt.trial", *requests, json.dumps(one.headers))
         for line in run_program(words).splitlines():
             say(f"  {line}")
 
@@ -215,19 +220,23 @@ def _at(url: str, request: str) -> str:
 def launch_words(
     one: Adoption, ttl: str, allows: Sequence[str], reason: str, this: Sequence[str] = ("ringfence",)
 ) -> tuple[str, ...]:
-    """Return the command that starts a program of the agent with a lease, behind the gateway; the program follows."""
+    """Return the command that starts a program of the agent with a lease; the program follows.
+
+    It runs behind the gateway, or with the login of the lease at a database.
+    """
     task = str(one.task)
-    return (
+    words = (
         *this, "--identity", str(one.agent_key), "request", "--task", task, *allows, "--ttl", ttl, "--reason", reason,
-        "--exec", "--", *this, "gateway", "connect", "--task", task, "--",
+        "--exec", "--",
     )  # fmt: skip
+    return words if one.kind == "postgres" else (*words, *this, "gateway", "connect", "--task", task, "--")
 
 
 def run_program(words: Sequence[str]) -> str:
     """Run a command to its end; returns its stdout. Raises AdoptStoppedError with the end of its output."""
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise AdoptStoppedError(Lines((done.stdout + done.stderr).strip().splitlines()[-12:]))
+        raise AdoptStoppedError(Lines([*done.stdout.splitlines()[-12:], *done.stderr.splitlines()[-12:]]))
     return done.stdout
 
 
@@ -251,7 +260,7 @@ class EditFile:
 def steps_of(place: Place) -> list[Step]:
     """Return the steps, in the order in which they are done."""
     one = place.adoption
-    url = ("--setting", f"url={one.url}")
+    url = () if one.kind == "postgres" else ("--setting", f"url={one.url}")
     add = ("target", "add", one.target, "--description", f"{one.title}, adopted", *one.add, *url)
     agent: tuple[str, ...] = ("agent", "set-ceiling", one.agent, *_each("--add", one.allow))
     if one.new_agent:

@@ -182,13 +182,15 @@ def _say_what_follows(place: Place, agent_user: str) -> None:
     from ringfence.cli.adopt.steps import launch_words
 
     one = place.adoption
-    say("The agent's program keeps its base URL, and starts so:", "heading")
+    database = one.kind == "postgres"
+    how = "logs in by the variables of libpq" if database else "keeps its base URL"
+    say(f"The agent's program {how}, and starts so:", "heading")
     words = launch_words(one, "1h", place.allows, f"work with {one.target}")
     say(f"  {shlex.join(words)} COMMAND")
     page = f" at {one.rotate}" if one.rotate else ""
-    say(
-        f"Now rotate the key{page}: every reader of {one.file} may have it. Write the new one to {one.place}, then run:"
-    )
+    rotate = "change that password at the server" if database else f"rotate the key{page}"
+    new = "If its URL has the old one, write the new one" if database else "Write the new one"
+    say(f"Now {rotate}: every reader of {one.file} may have it. {new} to {one.place}, then run:")
     say(f"  ringfence adopt --target {one.target} --finish")
     if readable_by(one.place, agent_user):
         note(f"agent_can_read: {agent_user}, as whom the agent runs, can read {one.place}", "warning")

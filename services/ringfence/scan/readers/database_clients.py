@@ -59,6 +59,17 @@ class NetrcReader(FileReader):
 _ESCAPED: Final = re.compile(r"\\(.)")
 
 
+def pgpass_fields(line: str) -> list[str] | None:
+    """Return host, port, database, user and password of a line of `.pgpass`, as they are written; None for others."""
+    parts = re.split(r"(?<!\\):", line.strip(), maxsplit=4)
+    return None if line.startswith("#") or len(parts) != 5 else parts
+
+
+def pgpass_text(field: str) -> str:
+    """Return what a field of `.pgpass` means."""
+    return _ESCAPED.sub(r"\1", field)
+
+
 class PgpassReader(FileReader):
     """Reads `.pgpass` (PostgreSQL)."""
 
@@ -68,12 +79,10 @@ class PgpassReader(FileReader):
 
     def read(self, file: SourceFile) -> Iterator[Candidate]:
         for number, line in enumerate(file.text.splitlines(), start=1):
-            if line.startswith("#"):
+            parts = pgpass_fields(line)
+            if parts is None or not parts[4] or is_placeholder(parts[4]):
                 continue
-            parts = re.split(r"(?<!\\):", line.strip(), maxsplit=4)
-            if len(parts) != 5 or not parts[4] or is_placeholder(parts[4]):
-                continue
-            host, port, database, user, password = (_ESCAPED.sub(r"\1", one) for one in parts)
+            host, port, database, user, password = map(pgpass_text, parts)
             opens = Access(
                 host=f"{host}:{port}", account=user, role=None if database == "*" else f"database {database}"
             )
