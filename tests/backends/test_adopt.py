@@ -16,6 +16,7 @@ from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.support.adopter import PROGRAM, Adopter
 from tests.support.servers.postgres import BROKER, BROKER_SECRET, PostgresServer, PostgresTarget, query
+from tests.support.stack import RunningStack
 
 MADE = (
     "CREATE SCHEMA shop",
@@ -27,7 +28,7 @@ APP_PASSWORD = r"app:pass\word"
 
 
 @pytest.fixture(scope="module")
-async def running(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[story.RunningStack]:
+async def running(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[RunningStack]:
     async with story.running(kafka, redis_server, "adopt", {}) as (realm, _):
         yield realm
 
@@ -41,7 +42,7 @@ async def database(postgres_server: PostgresServer, tmp_path: Path) -> PostgresT
 
 
 @pytest.fixture
-async def adopter(running: story.RunningStack, tmp_path: Path) -> Adopter:
+async def adopter(running: RunningStack, tmp_path: Path) -> Adopter:
     return await Adopter(running.stack, tmp_path, uuid.uuid4().hex[:8]).make()
 
 
