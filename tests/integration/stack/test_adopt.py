@@ -12,6 +12,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from mcp import ClientSession, StdioServerParameters
+from mcp.client.stdio import stdio_client
+from mcp.types import TextContent
 
 from ringfence.dev.stack import Stack
 from tests.gateway.model_server import respond
@@ -207,29 +210,59 @@ async def test_each_person_runs_what_adopt_prints(reader: Adopter, server: Targe
     assert OPENAI not in dotenv.read_text()
 
 
+_HUB = """
+import os, httpx
+from mcp.server.fastmcp import FastMCP
+server = FastMCP("hub")
+@server.tool()
+def get(path: str) -> str:
+    answer = httpx.get(os.environ["HUB_URL"] + path, headers={"Authorization": "Bearer " + os.environ["GITHUB_TOKEN"]})
+    return f"{answer.status_code} {os.environ['GITHUB_TOKEN']}"
+server.run()
+"""
+"""An MCP server with a token of its own, as many are started."""
+
+
 @pytest.mark.timeout(300)
 async def test_github_token_in_the_configuration_of_an_mcp_client(reader: Adopter) -> None:
     token = MAKE.crc_token("ghp")
     reader.secrets.append(token)
+    (reader.folder / "hub.py").write_text(_HUB)
     config = reader.folder / ".cursor" / "mcp.json"
     config.parent.mkdir()
-    entry = {"command": "npx", "args": ["-y", "server"], "env": {"GITHUB_TOKEN": token}}
-    config.write_text(json.dumps({"mcpServers": {"hub": entry}}, indent=2))
+    target = f"hub-{reader.mark}"
     async with Target().serving() as server:
-        words = (
-            "--target",
-            f"hub-{reader.mark}",
-            "--url",
-            f"http://127.0.0.1:{server.port}",
-            "--agent",
-            reader.agent,
+        url = f"http://127.0.0.1:{server.port}"
+        started = [sys.executable, str(reader.folder / "hub.py")]
+        env = {"GITHUB_TOKEN": token, "HUB_URL": url}
+        entry = {"command": started[0], "args": started[1:], "env": env}
+        before = json.dumps({"mcpServers": {"hub": entry}, "other": [1, "ä"]})
+        config.write_text(before)
+        words = ("--target", target, "--url", url, "--agent", reader.agent, "--trial", "/repos/acme/shop")
+        printed = await reader.adopt(".cursor/mcp.json", *words)
+        assert f"{config} starts hub so already" in " ".join(printed.split())
+        assert [one.target for one in server.requests] == ["/repos/acme/shop"]
+
+        changed = json.loads(config.read_text())
+        hub = changed["mcpServers"]["hub"]
+        assert changed["other"] == [1, "ä"]
+        assert hub["env"] == {"GITHUB_TOKEN": "replaced-by-ringfence", "HUB_URL": url}
+        assert hub["args"][-2:] == started
+        how = StdioServerParameters(
+            command=hub["command"], args=hub["args"], env=reader.environment | hub["env"], cwd=reader.folder
         )
-        await reader.adopt(".cursor/mcp.json", *words, "--trial", "/repos/acme/shop")
-        assert [(one.target, *one.values("authorization")) for one in server.requests] == [
-            ("/repos/acme/shop", f"Bearer {token}")
-        ]
-    changed = {**entry, "env": {"GITHUB_TOKEN": "replaced-by-ringfence"}}
-    assert json.loads(config.read_text()) == {"mcpServers": {"hub": changed}}
+        with (reader.folder / "stderr").open("w") as errors:
+            async with stdio_client(how, errors) as streams, ClientSession(*streams) as session:
+                await session.initialize()
+                answers = [
+                    await session.call_tool("get", {"path": path}) for path in ("/repos/acme/site", "/user")
+                ]
+        texts = [one.text for answer in answers for one in answer.content if isinstance(one, TextContent)]
+        assert texts == ["200 replaced-by-ringfence", "403 replaced-by-ringfence"]
+        assert [one.target for one in server.requests] == ["/repos/acme/shop", "/repos/acme/site"]
+        assert {one.values("authorization")[0] for one in server.requests} == {f"Bearer {token}"}
+    await reader.adopt("--target", target, "--undo")
+    assert config.read_text() == before
 
 
 async def test_password_is_no_key_of_an_api(reader: Adopter) -> None:

@@ -6,7 +6,7 @@ It has no secret, only keyed fingerprints (`ringfence.scan.findings.Fingerprinte
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,8 @@ from ringfence.messages.codes import Code
 from ringfence.scan.findings import Fingerprinter, load_key, state_folder
 
 COPY_DAYS = 7
+LEASE_TTL = "1h"
+"""Of the agent's program."""
 
 
 class AdoptStoppedError(RingfenceError):
@@ -124,9 +126,37 @@ class Adoption(BaseModel):
     headers: dict[str, str]
     rotate: str | None
     """The page where the provider's key is rotated."""
+    server: tuple[str, ...] = ()
+    """Where the file has the command of an MCP server with the credential: the names of its tables."""
+    program: str = "ringfence"
+    """How the server's client starts this program."""
     task: str | None = None
     done: tuple[str, ...] = ()
     started_s: int = 0
+
+    @property
+    def purpose(self) -> str:
+        """Of the task, and of the leases."""
+        return f"use {self.target} without its key"
+
+    def launch(self, ttl: str, reason: str, this: Sequence[str] = ("ringfence",)) -> tuple[str, ...]:
+        """Return the command that starts a program of the agent with a lease; the program follows.
+
+        It runs behind the gateway, or with the login of the lease at a database.
+        """
+        task = str(self.task)
+        words = (
+            *this, "--identity", str(self.agent_key), "request", "--task", task, *each("--allow", self.allow),
+            "--ttl", ttl, "--reason", reason, "--exec", "--",
+        )  # fmt: skip
+        return (
+            words if self.kind == "postgres" else (*words, *this, "gateway", "connect", "--task", task, "--")
+        )
+
+
+def each(option: str, values: Sequence[str]) -> tuple[str, ...]:
+    """Return an option for each value, as words of a command."""
+    return tuple(word for value in values for word in (option, value))
 
 
 class AdoptFolder:

@@ -5,6 +5,7 @@ A file is edited only while it is the one that was looked at: the same inode wit
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import stat
@@ -12,11 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-from ringfence.cli.adopt.adoption import AdoptFolder, Adoption, AdoptStoppedError
+from ringfence.cli.adopt.adoption import LEASE_TTL, AdoptFolder, Adoption, AdoptStoppedError
 from ringfence.kernel.base.private_files import open_private, write_private
 from ringfence.scan.file_scan import FileScanner
 from ringfence.scan.findings import Finding, Fingerprinter, SecretValue
 from ringfence.scan.output_guard import OutputGuard
+from ringfence.scan.readers.agents import SERVER_TABLES
 from ringfence.scan.readers.database_clients import PgpassReader, pgpass_fields, pgpass_text
 from ringfence.scan.source_files import MAX_FILE_BYTES, Root, UnreadableError
 
@@ -165,7 +167,44 @@ def _edited(adoption: Adoption, data: bytes, fingerprinter: Fingerprinter, path:
     secret = value.encode()
     if len(secret) < _SHORTEST or secret not in data:
         raise AdoptStoppedError(f"the credential in {adoption.file} is too short, or written in another form")
-    return data.replace(secret, PLACEHOLDER.encode())
+    after = data.replace(secret, PLACEHOLDER.encode())
+    return _with_launch(adoption, after) if adoption.server else after
+
+
+def server_of(data: bytes, secret: str) -> tuple[str, ...]:
+    """Return where a JSON file has the command of an MCP server with this credential, by the names of its tables.
+
+    Empty if no such server is in the file, if it is one by URL, or if the file is no plain JSON.
+    """
+    try:
+        document = json.loads(data)
+    except ValueError:
+        return ()
+    tables: list[tuple[tuple[str, ...], object]] = [((), document)]
+    while tables:
+        path, table = tables.pop()
+        if not isinstance(table, dict):
+            continue
+        if len(path) > 1 and path[-2] in SERVER_TABLES and _starts_with(table, secret):
+            return path
+        tables += [((*path, str(name)), value) for name, value in table.items()]
+    return ()
+
+
+def _starts_with(entry: dict[str, object], secret: str) -> bool:
+    command = entry.get("command"), entry.get("args", [])
+    return isinstance(command[0], str) and isinstance(command[1], list) and secret in json.dumps(entry)
+
+
+def _with_launch(adoption: Adoption, data: bytes) -> bytes:
+    """Return a JSON file in which the server starts with a lease, behind the gateway."""
+    document = json.loads(data)
+    entry = document
+    for name in adoption.server:
+        entry = entry[name]
+    words = adoption.launch(LEASE_TTL, adoption.purpose, (adoption.program,))
+    entry["command"], entry["args"] = words[0], [*words[1:], entry["command"], *entry.get("args", [])]
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _pgpass_line(line: bytes, password: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ringfence.cli.adopt.adoption import (
     AdoptStoppedError,
     Provider,
 )
-from ringfence.cli.adopt.files import credentials_in, identity_of
+from ringfence.cli.adopt.files import credentials_in, identity_of, server_of
 from ringfence.cli.adopt.steps import Place, Role
 from ringfence.cli.shared.arguments import parse_permission, parse_scope, write_permission
 from ringfence.cli.shared.options import duration_s
@@ -27,7 +28,7 @@ from ringfence.kernel.base.settings import load
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import Permission
 from ringfence.scan import kinds
-from ringfence.scan.findings import Finding, Pattern
+from ringfence.scan.findings import Finding, Pattern, SecretValue
 from ringfence.scan.readers.database_clients import PgpassReader
 
 _KINDS = {one.kind.id: one.kind for one in kinds.FORMATS}
@@ -54,7 +55,7 @@ def planned(file: Path, typed: Typed, folder: AdoptFolder, keys: Mapping[Role, P
     Raises AdoptStoppedError where something is missing that only the person can say.
     """
     path = file.resolve()
-    finding = _chosen(path, typed.field, folder)
+    finding, secret = _chosen(path, typed.field, folder)
     kind = _KINDS.get(finding.kind)
     database = finding.reader == PgpassReader.name
     if not database and (
@@ -91,10 +92,13 @@ def planned(file: Path, typed: Typed, folder: AdoptFolder, keys: Mapping[Role, P
     key = (typed.agent_key or Path(f"{typed.agent}.json")).absolute()
     duration_s(typed.lasts)
     assert finding.fingerprint is not None
+    identity, data, _ = identity_of(path, folder.fingerprinter)
+    beside = Path(sys.executable).with_name("ringfence")
     adoption = Adoption(
         target=target, kind="postgres" if database else "http", title=finding.title, file=path,
         reader=finding.reader, field=finding.place.field,
-        exposed=finding.fingerprint, content=identity_of(path, folder.fingerprinter)[0],
+        exposed=finding.fingerprint, content=identity, server=server_of(data, secret.reveal()),
+        program=str(beside) if beside.exists() else "ringfence",
         place=places.absolute() / target, url=url.rstrip("/"), typed=typed.url is not None, add=add,
         allow=allow, agent=typed.agent, agent_key=key, new_agent=True, user=user,
         lasts=typed.lasts, allowed=allowed, refused=provider.refused, headers=dict(provider.headers),
@@ -124,12 +128,12 @@ def _check_records(place: Place) -> None:
         raise AdoptStoppedError(f"agent {adoption.agent} is registered; name its key file with --agent-key")
 
 
-def _chosen(path: Path, field: str | None, folder: AdoptFolder) -> Finding:
-    found = [one for one, _ in credentials_in(path, folder.fingerprinter)]
-    chosen = [one for one in found if field in (None, one.place.field)]
+def _chosen(path: Path, field: str | None, folder: AdoptFolder) -> tuple[Finding, SecretValue]:
+    found = list(credentials_in(path, folder.fingerprinter))
+    chosen = [pair for pair in found if field in (None, pair[0].place.field)]
     if len(chosen) == 1:
         return chosen[0]
-    fields = ", ".join(sorted({one.place.field for one in found}))
+    fields = ", ".join(sorted({one.place.field for one, _ in found}))
     if not found:
         raise AdoptStoppedError(f"there is no credential in {path} that the scan knows")
     raise AdoptStoppedError(f"say which credential of {path} with --field: {fields}")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from ringfence.cli.adopt import files
-from ringfence.cli.adopt.adoption import AdoptFolder, Adoption, AdoptStoppedError
+from ringfence.cli.adopt.adoption import AdoptFolder, Adoption, AdoptStoppedError, each
 from ringfence.cli.shared.arguments import parse_permission
 from ringfence.cli.shared.options import settings
 from ringfence.cli.shared.output import note, say
@@ -69,10 +69,6 @@ class Place:
     @property
     def scope(self) -> tuple[Permission, ...]:
         return tuple(map(parse_permission, self.adoption.allow))
-
-    @property
-    def allows(self) -> tuple[str, ...]:
-        return tuple(word for one in self.adoption.allow for word in ("--allow", one))
 
 
 class Step(Protocol):
@@ -157,7 +153,16 @@ class AssignTask:
 
     def _words(self, place: Place) -> tuple[str, ...]:
         one = place.adoption
-        return ("task", "assign", one.agent, "--purpose", _purpose(one), *place.allows, "--for", one.lasts)
+        return (
+            "task",
+            "assign",
+            one.agent,
+            "--purpose",
+            one.purpose,
+            *each("--allow", one.allow),
+            "--for",
+            one.lasts,
+        )
 
     def describe(self, place: Place) -> Iterator[str]:
         yield f"as the user: ringfence {shlex.join(self._words(place))}"
@@ -174,15 +179,11 @@ class AssignTask:
             place.command("user", ("task", "end", one.task, "--reason", "ringfence adopt --undo"))
 
 
-def _purpose(one: Adoption) -> str:
-    return f"use {one.target} without its key"
-
-
 async def _task_of(api: ReadApi, one: Adoption) -> str | None:
     """Return the id of this adoption's task, if it is active."""
     for record in await api.records("task"):
         state = record["state"]
-        if (state["agent_id"], state["purpose"], state["status"]) == (one.agent, _purpose(one), "active"):
+        if (state["agent_id"], state["purpose"], state["status"]) == (one.agent, one.purpose, "active"):
             return str(record["id"])
     return None
 
@@ -199,7 +200,7 @@ class Trial:
 
     def do(self, place: Place) -> None:
         one = place.adoption
-        words = (*launch_words(one, _TRIAL_TTL, place.allows, "try it", _THIS), *_PROGRAM)
+        words = (*one.launch(_TRIAL_TTL, "try it", _THIS), *_PROGRAM)
         if one.kind == "postgres":
             words += ("ringfence.cli.adopt.database_trial", one.allowed, one.refused)
         else:
@@ -215,21 +216,6 @@ class Trial:
 def _at(url: str, request: str) -> str:
     method, _, path = request.partition(" ")
     return f"{method} {url}{path}"
-
-
-def launch_words(
-    one: Adoption, ttl: str, allows: Sequence[str], reason: str, this: Sequence[str] = ("ringfence",)
-) -> tuple[str, ...]:
-    """Return the command that starts a program of the agent with a lease; the program follows.
-
-    It runs behind the gateway, or with the login of the lease at a database.
-    """
-    task = str(one.task)
-    words = (
-        *this, "--identity", str(one.agent_key), "request", "--task", task, *allows, "--ttl", ttl, "--reason", reason,
-        "--exec", "--",
-    )  # fmt: skip
-    return words if one.kind == "postgres" else (*words, *this, "gateway", "connect", "--task", task, "--")
 
 
 def run_program(words: Sequence[str]) -> str:
@@ -248,6 +234,8 @@ class EditFile:
     def describe(self, place: Place) -> Iterator[str]:
         one = place.adoption
         yield f"only then write {files.PLACEHOLDER} in the place of {one.field} in {one.file}; the file as it was is"
+        if one.server:
+            yield f"there, {one.server[-1]} starts by: ringfence request --exec, behind the gateway;"
         yield f"kept in {place.folder.copy_file(one.target)} (mode 0600) until --finish, at most seven days"
 
     def do(self, place: Place) -> None:
@@ -262,13 +250,13 @@ def steps_of(place: Place) -> list[Step]:
     one = place.adoption
     url = () if one.kind == "postgres" else ("--setting", f"url={one.url}")
     add = ("target", "add", one.target, "--description", f"{one.title}, adopted", *one.add, *url)
-    agent: tuple[str, ...] = ("agent", "set-ceiling", one.agent, *_each("--add", one.allow))
+    agent: tuple[str, ...] = ("agent", "set-ceiling", one.agent, *each("--add", one.allow))
     if one.new_agent:
         agent = (
-            "agent", "register", one.agent, "--description", f"acts on {one.target}", *place.allows,
+            "agent", "register", one.agent, "--description", f"acts on {one.target}", *each("--allow", one.allow),
             "--key-file", str(one.agent_key),
         )  # fmt: skip
-    removed = (*_each("--remove", one.allow), "--yes")
+    removed = (*each("--remove", one.allow), "--yes")
     return [
         MoveSecret(),
         RecordStep(
@@ -276,7 +264,7 @@ def steps_of(place: Place) -> list[Step]:
             ("target", "remove", one.target, "--reason", "ringfence adopt --undo", "--yes"), _has_target,
         ),
         RecordStep(
-            "entitlement", "operator", ("user", "set", one.user, *_each("--add", one.allow), "--yes"),
+            "entitlement", "operator", ("user", "set", one.user, *each("--add", one.allow), "--yes"),
             ("user", "set", one.user, *removed), _has_entitlement,
         ),
         MakeAgentKey(),
@@ -285,10 +273,6 @@ def steps_of(place: Place) -> list[Step]:
         Trial(),
         EditFile(),
     ]  # fmt: skip
-
-
-def _each(option: str, values: Sequence[str]) -> tuple[str, ...]:
-    return tuple(word for value in values for word in (option, value))
 
 
 async def _has_target(api: ReadApi, place: Place) -> bool:

@@ -178,15 +178,18 @@ def _go_on(place: Place, agent_user: str, *, dry_run: bool, yes: bool) -> None:
 
 
 def _say_what_follows(place: Place, agent_user: str) -> None:
+    from ringfence.cli.adopt.adoption import LEASE_TTL
     from ringfence.cli.adopt.files import readable_by
-    from ringfence.cli.adopt.steps import launch_words
 
     one = place.adoption
     database = one.kind == "postgres"
     how = "logs in by the variables of libpq" if database else "keeps its base URL"
     say(f"The agent's program {how}, and starts so:", "heading")
-    words = launch_words(one, "1h", place.allows, f"work with {one.target}")
-    say(f"  {shlex.join(words)} COMMAND")
+    say(f"  {shlex.join(one.launch(LEASE_TTL, one.purpose))} COMMAND")
+    if one.server:
+        say(
+            f"{one.file} starts {one.server[-1]} so already; restart its client once an hour, with the lease."
+        )
     page = f" at {one.rotate}" if one.rotate else ""
     rotate = "change that password at the server" if database else f"rotate the key{page}"
     new = "If its URL has the old one, write the new one" if database else "Write the new one"

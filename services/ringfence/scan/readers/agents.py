@@ -98,7 +98,7 @@ def _facts(document: Any, path: tuple[str, ...]) -> Access:
     )
 
 
-_SERVER_TABLES: Final = frozenset(
+SERVER_TABLES: Final = frozenset(
     (
         "mcpServers",
         "mcp_servers",
@@ -267,7 +267,7 @@ class McpClientReader(FileReader):
 
 def _servers(document: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str, Any]]:
     for name, value in mapping(document).items():
-        if name in _SERVER_TABLES:
+        if name in SERVER_TABLES:
             named = mapping(value).items() or (
                 (str(mapping(one).get("name", n)), one) for n, one in enumerate(sequence(value))
             )
