@@ -12,11 +12,12 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ringfence.cli.main import COMMANDS, load, main
 from ringfence.cli.shared.refused_records import REMEDIES, with_options
-from ringfence.client.errors import ApiError, InvalidCallError, RefusedError
+from ringfence.client.errors import ApiError, InvalidCallError, RefusedError, RequestDeniedError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.base import Permission
 from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from tests.support.terminal_lists import IDS, WHO_AUDIT
@@ -107,6 +108,31 @@ def test_a_word_of_a_command_that_is_run_is_no_option_of_ours(capsys: pytest.Cap
 def test_an_error_names_its_remedy() -> None:
     assert RingfenceError("it is broken").with_remedy("mend \x1b it").remedy == "mend ‹U+001B› it"
     assert RingfenceError("it is broken").remedy is None
+
+
+@pytest.mark.parametrize(
+    ("side", "resource", "remedy"),
+    [
+        ("task", "env/x", "ringfence task assign AGENT --purpose WHY --for TIME --allow shop:read:env/x"),
+        ("ceiling:bot", "env/x", "ringfence agent set-ceiling bot --add shop:read:env/x"),
+        (
+            "entitlements:maria",
+            "a:b c",
+            """ringfence user set maria --add '{"target":"shop","verbs":["read"],""",
+        ),
+        ("entitlements:maria", "it's", "ringfence user set maria --add 'shop:read:it'\"'\"'s'"),
+    ],
+)
+def test_denial_names_the_command_that_gives_the_permission(side: str, resource: str, remedy: str) -> None:
+    lacks = Permission(target="shop", verbs=("read",), resources=(resource,))
+    reasons = [Reason(code="beyond_task", message="no", permission=lacks, side=side)] * 2
+    denied = RequestDeniedError("r", reasons, "policy")
+    assert denied.remedy is not None
+    assert denied.remedy.count(remedy) == 1
+
+
+def test_denial_that_no_permission_mends_names_no_command() -> None:
+    assert RequestDeniedError("r", [Reason(code="too_fast", message="no")], "policy").remedy is None
 
 
 def test_a_mistyped_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
@@ -35,6 +36,28 @@ class EnrolmentRefusedError(RingfenceError):
     code = Code.ENROL_REFUSED
 
 
+def grant_command(reason: Reason) -> str | None:
+    """Return who can give the permission that a reason names, and by which command; None if no person can."""
+    if reason.permission is None or reason.side is None:
+        return None
+    from ringfence.messages.base import permission_argument
+
+    lacks = reason.permission
+    wanted = shlex.quote(permission_argument(lacks.target, lacks.verbs, lacks.resources))
+    side, _, who = reason.side.partition(":")
+    match side:
+        case "task":
+            command = f"ringfence task assign AGENT --purpose WHY --for TIME --allow {wanted}"
+            return f"the user assigns a task that allows it: {command}"
+        case "ceiling":
+            command = f"ringfence agent set-ceiling {who} --add {wanted}"
+            return f"the sponsor of agent {who} widens its ceiling: {command}"
+        case "entitlements":
+            return f"user {who} lacks it too; an operator gives it: ringfence user set {who} --add {wanted}"
+        case _:
+            return None
+
+
 class RequestDeniedError(RingfenceError):
     """Policy or the issuer denied a credential request. `reasons` holds every reason, `by` says who."""
 
@@ -53,6 +76,8 @@ class RequestDeniedError(RingfenceError):
         self.by = by
         self.retry_after_s = retry_after_s
         """Set where asking again with a new request may work."""
+        if commands := dict.fromkeys(found for reason in reasons if (found := grant_command(reason))):
+            self.with_remedy("; ".join(commands))
 
 
 class RequestTimeoutError(RingfenceError):

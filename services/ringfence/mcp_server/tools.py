@@ -9,15 +9,13 @@ quoted. Anything else may hold what a program was given, so only its type is nam
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
-import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
-from ringfence.client.errors import RefusedError, RequestDeniedError, RequestTimeoutError
+from ringfence.client.errors import RefusedError, RequestDeniedError, RequestTimeoutError, grant_command
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.base import Glob, Permission, Scope, TargetId, Uuid, Verb
 from ringfence.messages.codes import Code
@@ -75,20 +73,10 @@ def problem_of(error: BaseException) -> dict[str, Any]:
 
 
 def how_to_ask(reason: Reason) -> str | None:
-    """Who can give the permission that a denial misses, and by which command; None if nobody can."""
+    """Who can give the permission that a denial misses, and by which command; None if no person can."""
     if reason.permission is None or reason.side is None:
         return _ASK_BY_CODE.get(reason.code)
-    wanted, (side, _, who) = shlex.quote(_text(reason.permission)), reason.side.partition(":")
-    if side == "task":
-        command = f"ringfence task assign AGENT --purpose WHY --for TIME --allow {wanted}"
-        return f"the user assigns a task that allows it: {command}"
-    if side == "ceiling":
-        return (
-            f"the sponsor of agent {who} widens its ceiling: ringfence agent set-ceiling {who} --add {wanted}"
-        )
-    if side == "entitlements":
-        return f"user {who} lacks it too; an operator gives it: ringfence user set {who} --add {wanted}"
-    return None
+    return grant_command(reason)
 
 
 def _reason(reason: Reason) -> dict[str, Any]:
@@ -98,13 +86,6 @@ def _reason(reason: Reason) -> dict[str, Any]:
     if reason.side is not None:
         found["side"] = reason.side
     return found
-
-
-def _text(permission: Permission) -> str:
-    """As `--allow` takes it: `target:verbs:resources`, or JSON where a resource has a separator in it."""
-    if any("," in resource or ":" in resource for resource in permission.resources):
-        return orjson.dumps(permission.model_dump(mode="json")).decode()
-    return f"{permission.target}:{','.join(permission.verbs)}:{','.join(permission.resources)}"
 
 
 MAX_WAIT_S: Final = 50

@@ -7,7 +7,9 @@ Public keys in messages.
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
@@ -259,6 +261,17 @@ class Permission(Message):
     target: TargetId
     verbs: Annotated[tuple[Verb, ...], Field(min_length=1, max_length=64)]
     resources: Annotated[tuple[Glob, ...], Field(min_length=1, max_length=64)]
+
+
+def permission_argument(target: str, verbs: Sequence[str], resources: Sequence[str]) -> str:
+    """Return a permission as `--allow` takes it: `target:verbs:resources`, or JSON where a name has a separator."""
+    if all(
+        name.isascii() and name.isprintable() and not {":", ",", " "} & set(name)
+        for name in (*verbs, *resources)
+    ):
+        return f"{target}:{','.join(verbs)}:{','.join(resources)}"
+    document = {"target": target, "verbs": list(verbs), "resources": list(resources)}
+    return json.dumps(document, separators=(",", ":"))
 
 
 Scope = Annotated[tuple[Permission, ...], Field(max_length=64)]

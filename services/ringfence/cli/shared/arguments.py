@@ -15,7 +15,7 @@ from ringfence.cli.shared.output import visible_name, visible_resource
 from ringfence.kernel.base.strict_json import once
 from ringfence.kernel.base.text import Lines
 from ringfence.kernel.base.validation_problems import explain
-from ringfence.messages.base import Name, Permission, Scope, TargetId, Uuid
+from ringfence.messages.base import Name, Permission, Scope, TargetId, Uuid, permission_argument
 from ringfence.messages.registry import ModelLimits
 from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.scope import validate_scope
@@ -177,10 +177,7 @@ def _shown(target: str, verbs: Iterable[str], resources: Iterable[str]) -> str:
 
 def write_permission(permission: Permission) -> str:
     """A permission in a form that `parse_permission` accepts: the short form where possible, else JSON."""
-    names = (*permission.verbs, *permission.resources)
-    if all(name.isascii() and name.isprintable() and not {":", ",", " "} & set(name) for name in names):
-        return show_permission(permission)
-    return json.dumps(permission.model_dump(mode="json"))
+    return permission_argument(permission.target, permission.verbs, permission.resources)
 
 
 def show_scope(scope: Iterable[Permission]) -> str:

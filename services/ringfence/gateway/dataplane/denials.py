@@ -11,6 +11,7 @@ import orjson
 
 from ringfence.gateway.contract import RpcErrorReply, Verdict
 from ringfence.gateway.dataplane.git import git_denial
+from ringfence.messages.base import permission_argument
 from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.model.mcp.headers import SELF_STATED
@@ -80,10 +81,7 @@ def how_to_ask(verdict: Verdict) -> str | None:
         or not all(reason.code in _FIXED_BY_NEW_CREDENTIAL for reason in verdict.reasons)
     ):
         return None  # a credential would not resolve every reason
-    permission = f"{target.target_id}:{action.verb}:{action.resource}"
-    if "," in action.resource or ":" in action.resource:
-        permission_json = {"target": target.target_id, "verbs": [action.verb], "resources": [action.resource]}
-        permission = orjson.dumps(permission_json).decode()
+    permission = permission_argument(target.target_id, (action.verb,), (action.resource,))
     return (
         f"ringfence request --task {verdict.task_id or 'TASK'} --delivery gateway "
         f"--allow {shlex.quote(permission)} --reason WHY"
