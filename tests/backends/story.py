@@ -58,7 +58,11 @@ class Thing:
 
 @asynccontextmanager
 async def running(
-    kafka: Kafka, redis_server: RedisServer, name: str, places: Mapping[str, str]
+    kafka: Kafka,
+    redis_server: RedisServer,
+    name: str,
+    places: Mapping[str, str],
+    environment: Mapping[str, str] | None = None,
 ) -> AsyncIterator[tuple[RunningStack, Path]]:
     """A stack that knows the `places` of its own rights, and the folder of all that it leaves on the disk."""
     with tempfile.TemporaryDirectory(prefix="ringfence-story-") as folder:
@@ -76,6 +80,7 @@ async def running(
                 "RINGFENCE_BACKENDS_ACCESS": json.dumps(dict(places)),
                 "RINGFENCE_LOG_LEVEL": "debug",
                 "TMPDIR": str(passing),
+                **(environment or {}),
             },
         )
         stack = Stack(options)

@@ -29,7 +29,10 @@ def findings(tmp_path: Path) -> list[dict[str, Any]]:
     make = Maker(41)
     files = {
         ".cursor/mcp.json": json.dumps({"mcpServers": {"hub": {"env": {"TOKEN": make.crc_token("ghp")}}}}).encode(),
-        ".pgpass": f"db.corp.test:5432:shop:app:{make.token(16)}\nold.corp.test:5433:*:app:{make.token(16)}\n".encode(),
+        ".git-credentials": f"https://m:{make.crc_token('ghp')}@github.com\n".encode(),
+        ".env": "".join(
+            f"{name}_URL=postgres://app:{make.token(16)}@{name.lower()}.corp.test:5432/shop\n" for name in ("DB", "OLD")
+        ).encode(),
         ".netrc": f"machine api.corp.test login m password {make.token(20)}\n".encode(),
     }  # fmt: skip
     wanted = ("aws-credentials", "kubeconfig", "ssh-key", "gcp-service-account", "azure", "vault")
@@ -53,7 +56,12 @@ async def test_the_way_out_of_each_service_is_run_as_it_is_printed(
     await organisation(shell)
     monkeypatch.chdir(tmp_path)
     by_target: dict[str, dict[str, Any]] = {}
-    for one in findings(tmp_path):
+    found = findings(tmp_path)
+    adopted = [one for one in found if one["remedies"][0]["command"].startswith("ringfence adopt ")]
+    assert [one["reader"] for one in adopted] == ["mcp-cursor"]  # tests/stack/test_adopt.py runs these
+    for one in found:
+        if one in adopted:
+            continue
         by_target.setdefault(one["remedies"][0]["command"], one)
     services = {one["opens"].get("service") for one in by_target.values()}
     assert services >= {"GitHub", "PostgreSQL", "AWS", "Kubernetes", "SSH", "Google Cloud", "Azure", "Vault"}
@@ -83,7 +91,7 @@ async def test_the_way_out_of_each_service_is_run_as_it_is_printed(
     # Two hosts of one service are two targets.
     assert len(targets) == len(by_target)
     assert {
-        "github",
+        "github-github-com",
         "postgresql-db-corp-test",
         "postgresql-old-corp-test",
         "kubernetes-prod-k8s-test",

@@ -155,7 +155,8 @@ def _field(answer: httpx.Response, path: str, field: str) -> str:
 
 SecretPlace = Annotated[str, Field(pattern=r"^(env|file|vault):.+$")]
 """`env:NAME`, `file:PATH`, or `vault:MOUNT/data/PATH#FIELD`."""
-_LOCAL: Mapping[str, SecretSource] = {"env": LocalSource("env"), "file": LocalSource("file")}
+_LOCAL_FILE: Final = LocalSource("file")
+_LOCAL: Mapping[str, SecretSource] = {"env": LocalSource("env"), "file": _LOCAL_FILE}
 
 
 class BackendSettings(RingfenceSettings):
@@ -166,8 +167,9 @@ class BackendSettings(RingfenceSettings):
     access: dict[str, SecretPlace] = Field(default_factory=dict)
     """By target: where the URL stands with which Ringfence itself works there."""
     secrets: Path | None = None
-    """A folder with one file of mode 0600 for each target that `access` does not name; the file has the target's id as
-    its name. A new file counts at once, without a restart."""
+    """A folder with one file of mode 0600 for each target that `access` does not name. The file has the target's id as
+    its name and the secret as its content, or the name `TARGET.vault` and the content `MOUNT/data/PATH#FIELD`. A new
+    file is used at once, without a restart."""
     vault_url: str | None = None
     """Where Vault or OpenBao is, e.g. `https://vault.example:8200`."""
     vault_token_file: Path | None = None
@@ -235,14 +237,23 @@ class TargetAccess:
     def at_hand(self, target_id: str) -> str | None:
         """Return the same as `read` if that needs no I/O to another service, else None. Raises AccessError."""
         source, location, name = self._read_at.get(target_id) or self._source_of(target_id)
-        return source.at_hand(location, name)
+        try:
+            return source.at_hand(location, name)
+        except AccessError:
+            self._read_at.pop(target_id, None)  # its secret may be elsewhere by now
+            raise
 
     def _place_of(self, target_id: str) -> str:
         """Return the secret reference of a target. Raises AccessError if there is none."""
         if target_id in self._places:
             return self._places[target_id]
-        if self._folder is not None and (file := self._folder / target_id).is_file():
-            return f"file:{file}"
+        if self._folder is not None:
+            if (file := self._folder / target_id).is_file():
+                return f"file:{file}"
+            if (reference := self._folder / f"{target_id}.vault").is_file():
+                return (
+                    f"vault:{_LOCAL_FILE.at_hand(str(reference), f'the path in Vault of target {target_id}')}"
+                )
         beside = "" if self._folder is None else f", or write the file {self._folder / target_id}"
         raise AccessError(
             f"no rights at target {target_id} are named; name where they are in RINGFENCE_BACKENDS_ACCESS{beside}"

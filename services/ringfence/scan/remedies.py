@@ -36,12 +36,49 @@ class _Target:
     allow: str
 
 
+def is_adoptable(reader: str, pattern: Pattern, service: str | None, kind: str) -> bool:
+    """Return whether `ringfence adopt` replaces such a finding: a key of an HTTP API, or a password of `.pgpass`.
+
+    `kind`: the id of the kind of credential.
+    """
+    if reader == "pgpass":
+        return True
+    return (
+        (reader in ("dotenv", "shell") or reader.startswith("mcp-"))
+        and pattern in (Pattern.STATIC_KEY, Pattern.USER_TOKEN)
+        and _template_of(service, kind) in ("http", "github-api")
+    )
+
+
 def remedies_of(finding: Finding, kind: kinds.Kind | None = None) -> tuple[Remedy, ...]:
     """Return the steps in order: first the replacement of the credential, then its revocation."""
+    path = finding.place.path
+    adoptable = is_adoptable(finding.reader, finding.pattern, finding.opens.service, finding.kind)
+    steps = (
+        [
+            Remedy(
+                "replace it, with the key files of operator, sponsor and user; the command says what else it needs, "
+                "and asks before its first step",
+                _command("ringfence", "adopt", _expanded(path), "--field", finding.place.field),
+            ),
+            _end_of(finding),
+        ]
+        if adoptable and _is_own_path(path)
+        else [*_replacement_of(finding), _end_of(finding), _deletion_of(finding)]
+    )
+    if finding.readable_by in ("group", "everyone") and _is_own_path(path):
+        steps.append(
+            Remedy("until then, close the file to others", _command("chmod", "600", _expanded(path)))
+        )
+    return tuple(steps)
+
+
+def _replacement_of(finding: Finding) -> list[Remedy]:
+    """Return the steps from the target to the task, where each is a command of one person."""
     target = _target_of(finding)
     agent = _agent_of(finding)
     service = finding.opens.service or "the service"
-    steps = [
+    return [
         Remedy(
             f"as an operator, make {service} a target",
             _command("ringfence", "target", "add", target.id, "--description", _description(finding), *target.options),
@@ -65,16 +102,6 @@ def remedies_of(finding: Finding, kind: kinds.Kind | None = None) -> tuple[Remed
             ),
         ),
     ]  # fmt: skip
-    steps.append(_end_of(finding))
-    steps.append(_deletion_of(finding))
-    if finding.readable_by in ("group", "everyone") and _is_own_path(finding.place.path):
-        steps.append(
-            Remedy(
-                "until then, close the file to others",
-                _command("chmod", "600", _expanded(finding.place.path)),
-            )
-        )
-    return tuple(steps)
 
 
 def _end_of(finding: Finding) -> Remedy:
@@ -114,9 +141,13 @@ def _deletion_of(finding: Finding) -> Remedy:
     )
 
 
+def _template_of(service: str | None, kind: str) -> Template:
+    return _SERVICE_TEMPLATES.get(service or "") or _FORMAT_TEMPLATES.get(kind, "http")
+
+
 def _target_of(finding: Finding) -> _Target:
     opens = finding.opens
-    template = _SERVICE_TEMPLATES.get(opens.service or "") or _FORMAT_TEMPLATES.get(finding.kind, "http")
+    template = _template_of(opens.service, finding.kind)
     host = opens.host if opens.host and _HOST.match(opens.host) else None
     id = _id_of(_target_name(finding, host))
     if template == "github-api":

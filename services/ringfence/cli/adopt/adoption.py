@@ -109,7 +109,11 @@ class Adoption(BaseModel):
     content: str
     """The identity of the file: inode and fingerprint of what is in it."""
     place: Path
-    """The file of Ringfence's own secret for the target."""
+    """The file of Ringfence's own secret for the target, or of the reference to it in Vault."""
+    vault: str | None = None
+    """Where the secret is in Vault, as `MOUNT/data/PATH#FIELD`; None: in the file."""
+    vault_token: Path | None = None
+    """The file with the person's token for Vault; None: `~/.vault-token`."""
     url: str
     """Of the server, without a password."""
     typed: bool

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import pwd
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from ringfence.cli.adopt.adoption import LEASE_TTL, AdoptFolder, Adoption, AdoptStoppedError
+from ringfence.cli.adopt.locations import SecretLocation, location_of
 from ringfence.kernel.base.private_files import open_private, write_private
 from ringfence.scan.file_scan import FileScanner
 from ringfence.scan.findings import Finding, Fingerprinter, SecretValue
@@ -76,42 +76,44 @@ def identity_of(path: Path, fingerprinter: Fingerprinter) -> tuple[str, bytes, i
 
 
 def put_secret(adoption: Adoption, fingerprinter: Fingerprinter) -> None:
-    """Write the secret to its place, a new file of mode 0600: a key, or the URL of a database with the password.
+    """Write the secret to its location: a key, or the URL of a database with the password.
 
     A URL that is there already stays: Ringfence needs a role that may create roles, which the exposed one seldom may.
     Raises AdoptStoppedError if another key is there.
     """
-    secret = secret_of(adoption, adoption.file, fingerprinter)
-    if adoption.place.exists():
-        if adoption.kind == "postgres" or placed_fingerprint(adoption, fingerprinter) == adoption.exposed:
+    secret, location = secret_of(adoption, adoption.file, fingerprinter), location_of(adoption)
+    placed = placed_fingerprint(adoption, location, fingerprinter)
+    if placed is not None:
+        if adoption.kind == "postgres" or placed == adoption.exposed:
             return  # or an interrupted start put it there
         raise AdoptStoppedError(
-            f"{adoption.place} exists: it has another secret for target {adoption.target}; name another --target"
+            f"{location} exists: it has another secret for target {adoption.target}; name another --target"
         )
     content = secret.reveal()
     if adoption.kind == "postgres":
         server = urlsplit(adoption.url)
         user, _, host = server.netloc.rpartition("@")
         content = server._replace(netloc=f"{user}:{quote(content, safe='')}@{host}").geturl()
-    write_private(adoption.place, content, durable=True)  # whole or not at all
+    location.create(content)
 
 
-def placed_fingerprint(adoption: Adoption, fingerprinter: Fingerprinter) -> str:
-    """Return the fingerprint of the secret in its place. Raises OSError."""
-    content = adoption.place.read_text().strip()
-    if adoption.kind == "postgres":
+def placed_fingerprint(
+    adoption: Adoption, location: SecretLocation, fingerprinter: Fingerprinter
+) -> str | None:
+    """Return the fingerprint of the secret in its location; None if there is none. Raises what `read` raises."""
+    content = location.read()
+    if content is not None and adoption.kind == "postgres":
         content = unquote(urlsplit(content).password or "")
-    return fingerprinter.of(SecretValue(content))
+    return fingerprinter.of(SecretValue(content)) if content is not None else None
 
 
 def remove_secret(adoption: Adoption, fingerprinter: Fingerprinter) -> str:
-    """Delete the secret from its place, unless it was replaced there meanwhile. Returns what was left, for people."""
-    try:
-        if placed_fingerprint(adoption, fingerprinter) != adoption.exposed:
-            return f"{adoption.place} has a newer secret, and stays; delete it yourself"
-        adoption.place.unlink()
-    except FileNotFoundError:
-        pass
+    """Delete the secret from its location, unless it was replaced there. Returns what was left, for people."""
+    location = location_of(adoption)
+    placed = placed_fingerprint(adoption, location, fingerprinter)
+    if placed not in (None, adoption.exposed):
+        return f"{location} has a newer secret, and stays; delete it yourself"
+    location.delete()
     return ""
 
 
@@ -215,13 +217,3 @@ def _pgpass_line(line: bytes, password: str) -> bytes:
         return line
     before, after = text.split(text.strip(), 1)
     return (before + ":".join((*fields[:-1], PLACEHOLDER)) + after).encode("utf-8", "surrogateescape")
-
-
-def readable_by(path: Path, user: str) -> bool:
-    """Return whether a user of this machine can read a file, by its owner and mode. Raises AdoptStoppedError."""
-    try:
-        uid = pwd.getpwnam(user).pw_uid
-    except KeyError:
-        raise AdoptStoppedError(f"there is no user {user} on this machine") from None
-    status = path.stat()
-    return uid in (0, status.st_uid) or bool(status.st_mode & 0o077)

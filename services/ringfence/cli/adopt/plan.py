@@ -47,6 +47,8 @@ class Typed:
     agent_key: Path | None
     on_behalf_of: str | None
     lasts: str
+    vault: str | None
+    vault_token: Path | None
 
 
 def planned(file: Path, typed: Typed, folder: AdoptFolder, keys: Mapping[Role, Path]) -> Adoption:
@@ -89,6 +91,8 @@ def planned(file: Path, typed: Typed, folder: AdoptFolder, keys: Mapping[Role, P
             "there is no folder for secrets; set RINGFENCE_BACKENDS_SECRETS for issuer, revoker, gateway and here"
         )
     user = typed.on_behalf_of or _user_of(keys)
+    place = places.absolute() / (f"{target}.vault" if typed.vault else target)
+    token = typed.vault_token.absolute() if typed.vault_token else None
     key = (typed.agent_key or Path(f"{typed.agent}.json")).absolute()
     duration_s(typed.lasts)
     assert finding.fingerprint is not None
@@ -99,7 +103,7 @@ def planned(file: Path, typed: Typed, folder: AdoptFolder, keys: Mapping[Role, P
         reader=finding.reader, field=finding.place.field,
         exposed=finding.fingerprint, content=identity, server=server_of(data, secret.reveal()),
         program=str(beside) if beside.exists() else "ringfence",
-        place=places.absolute() / target, url=url.rstrip("/"), typed=typed.url is not None, add=add,
+        place=place, vault=typed.vault, vault_token=token, url=url.rstrip("/"), typed=typed.url is not None, add=add,
         allow=allow, agent=typed.agent, agent_key=key, new_agent=True, user=user,
         lasts=typed.lasts, allowed=allowed, refused=provider.refused, headers=dict(provider.headers),
         rotate=kind.revoke_url if kind else None, started_s=int(time.time()),

@@ -90,11 +90,12 @@ class MoveSecret:
     def describe(self, place: Place) -> Iterator[str]:
         one = place.adoption
         typed = "as you typed it" if one.typed else "of the template"
+        to = f"vault:{one.vault}" if one.vault else f"{one.place} (mode 0600)"
         if one.kind == "postgres":
-            yield f"write {one.url}, with the password, to {one.place} (mode 0600), unless a URL is there already:"
+            yield f"write {one.url}, with the password, to {to}, unless a URL is there already:"
             yield "Ringfence logs in with it, and makes a role for each lease"
             return
-        yield f"copy the {one.title} to {one.place} (mode 0600); Ringfence sends it to {one.url}, {typed}"
+        yield f"copy the {one.title} to {to}; Ringfence sends it to {one.url}, {typed}"
 
     def do(self, place: Place) -> None:
         files.put_secret(place.adoption, place.folder.fingerprinter)

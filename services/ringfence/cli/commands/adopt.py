@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import getpass
+import re
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -17,6 +18,17 @@ if TYPE_CHECKING:
     from ringfence.cli.adopt.steps import Place
 
 
+_VAULT_PATH: Final = re.compile(r"[\w-]+/data/[\w-]+(?:[./][\w-]+)*#[\w-]+")
+
+
+def _vault_path(value: str | None) -> str | None:
+    if value is not None and not _VAULT_PATH.fullmatch(value):
+        raise typer.BadParameter(
+            "write it as MOUNT/data/PATH#FIELD, for example secret/data/ringfence/openai#key"
+        )
+    return value
+
+
 def adopt(
     file: Annotated[
         Path | None,
@@ -24,6 +36,14 @@ def adopt(
             metavar="[FILE]",
             help="The file with the credential, as the scan names it. Without it, the adoption of --target continues.",
             show_default=False,
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="FILE",
+            help="Take a finding of this output of ringfence scan --json; asks which.",
         ),
     ] = None,
     field: Annotated[
@@ -50,6 +70,23 @@ def adopt(
         str | None,
         typer.Option(
             "--trial", metavar="TEXT", help="A path at the target that a GET may read, for the trial."
+        ),
+    ] = None,
+    vault: Annotated[
+        str | None,
+        typer.Option(
+            "--vault",
+            metavar="PATH",
+            callback=_vault_path,
+            help="Keep the secret in Vault or OpenBao, at MOUNT/data/PATH#FIELD; otherwise in the folder of secrets.",
+        ),
+    ] = None,
+    vault_token: Annotated[
+        Path | None,
+        typer.Option(
+            "--vault-token",
+            metavar="FILE",
+            help="The file with your token for Vault. [default: ~/.vault-token]",
         ),
     ] = None,
     agent: Annotated[
@@ -116,6 +153,7 @@ def adopt(
     again to go on after that, or after an interruption.
     """
     from ringfence.cli.adopt.adoption import AdoptFolder, AdoptStoppedError
+    from ringfence.cli.adopt.findings import choose_finding
     from ringfence.cli.adopt.plan import Typed, planned
     from ringfence.cli.adopt.steps import Place, Role
     from ringfence.scan.output_guard import protect_process
@@ -129,8 +167,22 @@ def adopt(
     given: dict[Role, Path | None] = {"operator": operator, "sponsor": sponsor, "user": user}
     keys = {role: key.absolute() for role, one in given.items() if (key := one or identity(me)) is not None}
     adoption = folder.load(target) if target else None
+    if adoption is None and file is None and report is not None and not (undo or finish):
+        file, field = choose_finding(report, field, ask=not yes)
     if adoption is None and file is not None and not (undo or finish):
-        typed = Typed(field, target, url, trial, tuple(allow or ()), agent, agent_key, on_behalf_of, lasts)
+        typed = Typed(
+            field,
+            target,
+            url,
+            trial,
+            tuple(allow or ()),
+            agent,
+            agent_key,
+            on_behalf_of,
+            lasts,
+            vault,
+            vault_token,
+        )
         adoption = planned(file, typed, folder, keys)
     if adoption is None:
         raise AdoptStoppedError(
@@ -179,9 +231,9 @@ def _go_on(place: Place, agent_user: str, *, dry_run: bool, yes: bool) -> None:
 
 def _say_what_follows(place: Place, agent_user: str) -> None:
     from ringfence.cli.adopt.adoption import LEASE_TTL
-    from ringfence.cli.adopt.files import readable_by
+    from ringfence.cli.adopt.locations import location_of
 
-    one = place.adoption
+    one, location = place.adoption, location_of(place.adoption)
     database = one.kind == "postgres"
     how = "logs in by the variables of libpq" if database else "keeps its base URL"
     say(f"The agent's program {how}, and starts so:", "heading")
@@ -193,10 +245,10 @@ def _say_what_follows(place: Place, agent_user: str) -> None:
     page = f" at {one.rotate}" if one.rotate else ""
     rotate = "change that password at the server" if database else f"rotate the key{page}"
     new = "If its URL has the old one, write the new one" if database else "Write the new one"
-    say(f"Now {rotate}: every reader of {one.file} may have it. {new} to {one.place}, then run:")
+    say(f"Now {rotate}: every reader of {one.file} may have it. {new} to {location}, then run:")
     say(f"  ringfence adopt --target {one.target} --finish")
-    if readable_by(one.place, agent_user):
-        note(f"agent_can_read: {agent_user}, as whom the agent runs, can read {one.place}", "warning")
+    if location.readable_by(agent_user):
+        note(f"agent_can_read: {agent_user}, as whom the agent runs, can read {location}", "warning")
 
 
 def _undo(place: Place, yes: bool) -> None:
@@ -218,7 +270,8 @@ def _undo(place: Place, yes: bool) -> None:
 def _finish(place: Place, agent_user: str, accept: str | None) -> None:
     """Raises AdoptStoppedError unless all is done, the key was rotated, and the agent cannot read the new one."""
     from ringfence.cli.adopt.adoption import AdoptStoppedError
-    from ringfence.cli.adopt.files import placed_fingerprint, readable_by
+    from ringfence.cli.adopt.files import placed_fingerprint
+    from ringfence.cli.adopt.locations import location_of
     from ringfence.cli.adopt.steps import steps_of
 
     one = place.adoption
@@ -226,15 +279,19 @@ def _finish(place: Place, agent_user: str, accept: str | None) -> None:
         raise AdoptStoppedError(
             f"not done yet: {', '.join(missing)}; go on: ringfence adopt --target {one.target}"
         )
-    if placed_fingerprint(one, place.folder.fingerprinter) == one.exposed:
+    location = location_of(one)
+    placed = placed_fingerprint(one, location, place.folder.fingerprinter)
+    if placed is None:
+        raise AdoptStoppedError(f"nothing is at {location}; write the new credential there")
+    if placed == one.exposed:
         page = f" at {one.rotate}" if one.rotate else ""
         raise AdoptStoppedError(
-            f"{one.place} still has the credential that was in {one.file}; rotate it{page}, and write the new one there"
+            f"{location} still has the credential that was in {one.file}; rotate it{page}, and write the new one there"
         )
-    if readable_by(one.place, agent_user):
+    if location.readable_by(agent_user):
         if accept is None:
             raise AdoptStoppedError(
-                f"agent_can_read: {agent_user}, as whom the agent runs, can read {one.place}. Run the agent as another "
+                f"agent_can_read: {agent_user}, as whom the agent runs, can read {location}. Run the agent as another "
                 "user and name it with --agent-user, or accept it with --accept-agent-can-read WORDS"
             )
         # What is revoked is of before the rotation; the reason is what audit keeps.

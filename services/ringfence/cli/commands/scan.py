@@ -354,6 +354,7 @@ def _print_remedies(steps: Iterable[Remedy]) -> None:
 
 
 def _print_summary(report: Report, *, details: bool) -> None:
+    from ringfence.scan.remedies import is_adoptable
     from ringfence.scan.reports import summary
 
     totals = summary(report)
@@ -368,6 +369,10 @@ def _print_summary(report: Report, *, details: bool) -> None:
         say("what the rings mean, and why each is broken: docs/scan.md")
         if not details:
             say("what each credential opens, and the commands that replace it: ringfence scan --details")
+            if any(
+                is_adoptable(one.reader, one.pattern, one.opens.service, one.kind) for one in report.findings
+            ):
+                say("replace one, step by step: ringfence adopt FILE")
     if report.gone:
         since = f" since {moment(report.gone_since_s)}" if report.gone_since_s else ""
         say(f"gone{since}: {len(report.gone)}")
