@@ -18,7 +18,7 @@ INPUTS = frozenset({
     "--attestation-root", "--baseline", "--bundle", "--ca-file", "--consent", "--delegation", "--endorsement",
     "--id-token", "--identity", "--invitation", "--jwks", "--key-file", "--openapi", "--operator",
     "--package", "--public-key", "--second-operator", "--socket", "--sponsor", "--user",
-    "adopt file", "adopt --report", "adopt --vault-token",
+    "adopt file", "adopt report", "adopt vault_token",
     "key prove file", "key show file", "scan paths", "trust publish file", "user sync file",
 })  # fmt: skip
 """Options and arguments whose files are only read. A new path is either here, or has a callback of `output_files`."""
