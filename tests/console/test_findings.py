@@ -49,7 +49,7 @@ async def test_an_auditor_reviews_a_use_of_break_glass(
     page = await uma.sign_in("/findings")
     use = page.locator(f"#use-{request_id}")
     await expect(use).to_contain_text("everything is frozen")
-    await expect(use).to_contain_text("nobody has reviewed it")
+    await expect(use).to_contain_text("not reviewed")
     await use.get_by_text("Review this use").first.click()
     await use.get_by_label("What you found").fill("it was right")
     await uma.signs("Review this use", "Sign the review", within=f"#use-{request_id}")

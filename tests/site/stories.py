@@ -20,7 +20,7 @@ _SOCKET = {
     "curl --unix-socket .ringfence/tasks/$TASK.sock http"
 }
 _ASSIGN = (
-    'ringfence --identity .ringfence/users/maria.json task assign my-bot --purpose "try it" '
+    'ringfence --identity .ringfence/users/maria.json task assign tour-bot --purpose "try it" '
     "--allow 'platform:read,deploy:env/staging/*' --for 30m"
 )
 

@@ -354,7 +354,7 @@ def rotate_key(
             "--compromised", help="The old keys may be in other hands: they end now, and their leases too."
         ),
     ] = False,
-    reason: Annotated[str | None, typer.Option("--reason", help="Why; it stands in the trail.")] = None,
+    reason: Annotated[str | None, typer.Option("--reason", help="Why; it is kept in the trail.")] = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:

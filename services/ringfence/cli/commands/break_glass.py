@@ -27,9 +27,7 @@ app = typer.Typer(help="What two operators allowed against policy; review it.", 
 
 @app.command(name="list")
 def list_uses(
-    unreviewed: Annotated[
-        bool, typer.Option("--unreviewed", help="Only those that nobody has reviewed.")
-    ] = False,
+    unreviewed: Annotated[bool, typer.Option("--unreviewed", help="Only uses without a review.")] = False,
     wide: WideOption = False,
     me: IdentityOption = None,
     as_json: JsonOption = False,
@@ -84,7 +82,7 @@ def review(
             help="The request's id, or how it begins: four characters or more.",
         ),
     ],
-    note: Annotated[str, typer.Option("--note", help="What you found; it stands in the trail.")],
+    note: Annotated[str, typer.Option("--note", help="What you found; it is kept in the trail.")],
     passkey: PasskeyOption = False,
     as_user: AsOption = None,
     me: IdentityOption = None,

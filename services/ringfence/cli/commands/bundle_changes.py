@@ -116,8 +116,8 @@ EmailsVerifiedOption = Annotated[
     bool,
     typer.Option(
         "--oidc-emails-verified",
-        help="With the claim email: it counts also in tokens without email_verified, as this issuer lets nobody choose "
-        "their address.",
+        help="With the claim email: accept it also in tokens without email_verified, as no user chooses "
+        "their address at this issuer.",
     ),
 ]
 RemoveOption = Annotated[
@@ -125,7 +125,7 @@ RemoveOption = Annotated[
     typer.Option(
         "--remove-oidc-issuer",
         metavar="URL",
-        help="Sign the next trust bundle, in which no token of this issuer counts.",
+        help="Sign the next trust bundle, in which tokens of this issuer are rejected.",
     ),
 ]
 _USES: dict[str, OidcUse] = {"users": "users", "instances": "instances"}

@@ -67,7 +67,7 @@ def grant(
     ] = 1,
     lasts: Annotated[
         str,
-        typer.Option("--for", metavar="DURATION", help="How long it counts: 90s, 15m, 1h30m; at most 12h."),
+        typer.Option("--for", metavar="DURATION", help="How long it is valid: 90s, 15m, 1h30m; at most 12h."),
     ] = "1h",
     ttl: Annotated[
         str | None,

@@ -135,7 +135,7 @@ def init(
         typer.Option(
             "--compromised-since",
             metavar="UTC",
-            help="With --rotate-root: what the old root signed after that moment counts for nothing.",
+            help="With --rotate-root: what the old root signed after that moment is rejected.",
         ),
     ] = None,
     renew: Annotated[

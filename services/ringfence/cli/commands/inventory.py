@@ -72,7 +72,7 @@ def inventory(
         typer.Option("--status", help="Only agents in this state."),
     ] = None,
     orphans: Annotated[
-        bool, typer.Option("--orphans", help="Only agents that nobody answers for: no active sponsor.")
+        bool, typer.Option("--orphans", help="Only agents without an active sponsor.")
     ] = False,
     unused: Annotated[
         bool, typer.Option("--unused", help="Only agents that did not use all of their ceiling in 30 days.")

@@ -25,7 +25,7 @@ def release(
         str, typer.Argument(metavar="LEASE", callback=check_whole_id, help="The lease's whole id.")
     ],
     reason: Annotated[
-        str, typer.Option("--reason", help="Why; it stands in the trail.")
+        str, typer.Option("--reason", help="Why; it is kept in the trail.")
     ] = "no longer needed",
     no_wait: Annotated[
         bool,

@@ -168,7 +168,7 @@ def add(
         typer.Option(
             "--setting",
             metavar="NAME=VALUE",
-            help="What else its backend is told, as docs/targets/ has it. Repeatable.",
+            help="A setting of its backend, as in docs/targets/. Repeatable.",
         ),
     ] = None,
     max_ttl: Annotated[

@@ -157,7 +157,7 @@ def add_key(
         typer.Option(
             "--endorsement",
             metavar="FILE",
-            help="A second operator's co-signature (ringfence user endorse-key): the key counts at once.",
+            help="A second operator's co-signature (ringfence user endorse-key): the key is valid at once.",
         ),
     ] = None,
     attestation_root: Annotated[

@@ -42,7 +42,7 @@ SponsorFilter = Annotated[
 CodeFilter = Annotated[
     list[str] | None,
     typer.Option(
-        "--code", metavar="CODE", help="Only this event_code; action.* stands for all of a kind. Repeatable."
+        "--code", metavar="CODE", help="Filter by event_code; action.* selects all of a kind. Repeatable."
     ),
 ]
 StatusFilter = Annotated[

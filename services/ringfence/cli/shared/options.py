@@ -126,7 +126,7 @@ AgentOption = Annotated[
         rich_help_panel=COMMON,
     ),
 ]
-ReasonOption = Annotated[str, typer.Option("--reason", help="Why; it stands in the trail.")]
+ReasonOption = Annotated[str, typer.Option("--reason", help="Why; it is kept in the trail.")]
 SinceOption = Annotated[
     str,
     typer.Option(
