@@ -91,6 +91,27 @@ POSTGRES = Provider(
 OTHER = Provider("", "", ("--template", "http"), (("read",), "path/**"), refused="OPTIONS /")
 
 
+class WrappedServer(BaseModel):
+    """An MCP server that starts in a sandbox after its adoption, and whose messages the gateway decides."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    target: str
+    """Whose rules decide its messages."""
+    add: tuple[str, ...]
+    """Options of `ringfence target add`."""
+    allow: tuple[str, ...]
+    tools: tuple[str, ...]
+    """What the trial must list."""
+    command: tuple[str, ...]
+    """As the person typed it."""
+    mounts: tuple[str, ...]
+    variables: tuple[str, ...]
+    """Of its environment, as `NAME=VALUE`, without a secret."""
+    runner: str
+    """The name of this machine's runner."""
+
+
 class Adoption(BaseModel):
     """One adoption. Paths are absolute."""
 
@@ -132,6 +153,8 @@ class Adoption(BaseModel):
     """The page where the provider's key is rotated."""
     server: tuple[str, ...] = ()
     """Where the file has the command of an MCP server with the credential: the names of its tables."""
+    wrapped: WrappedServer | None = None
+    """None: the server starts as it did, with a lease, and outside of a sandbox."""
     program: str = "ringfence"
     """How the server's client starts this program."""
     task: str | None = None
@@ -142,6 +165,20 @@ class Adoption(BaseModel):
     def purpose(self) -> str:
         """Of the task, and of the leases."""
         return f"use {self.target} without its key"
+
+    @property
+    def granted(self) -> tuple[str, ...]:
+        """The permissions of entitlement, ceiling and task."""
+        return (*self.allow, *(self.wrapped.allow if self.wrapped else ()))
+
+    def server_launch(self, this: Sequence[str]) -> tuple[str, ...]:
+        """Return the command that starts the wrapped server, in its place."""
+        assert self.wrapped is not None
+        return (
+            *this, "mcp", "wrap", "--task", str(self.task), "--target", self.wrapped.target,
+            *each("--allow", self.granted), *each("--mount", self.wrapped.mounts),
+            *each("--env", self.wrapped.variables), "--ttl", LEASE_TTL, "--", *self.wrapped.command,
+        )  # fmt: skip
 
     def launch(self, ttl: str, reason: str, this: Sequence[str] = ("ringfence",)) -> tuple[str, ...]:
         """Return the command that starts a program of the agent with a lease; the program follows.

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from ringfence.cli.adopt.adoption import LEASE_TTL, AdoptFolder, Adoption, AdoptStoppedError
@@ -193,6 +194,14 @@ def server_of(data: bytes, secret: str) -> tuple[str, ...]:
     return ()
 
 
+def server_entry(document: Any, path: Sequence[str]) -> dict[str, Any]:
+    """Return the entry of an MCP server in a configuration, as `server_of` found it."""
+    for name in path:
+        document = document[name]
+    assert isinstance(document, dict)
+    return document
+
+
 def _starts_with(entry: dict[str, object], secret: str) -> bool:
     command = entry.get("command"), entry.get("args", [])
     return isinstance(command[0], str) and isinstance(command[1], list) and secret in json.dumps(entry)
@@ -201,11 +210,15 @@ def _starts_with(entry: dict[str, object], secret: str) -> bool:
 def _with_launch(adoption: Adoption, data: bytes) -> bytes:
     """Return a JSON file in which the server starts with a lease, behind the gateway."""
     document = json.loads(data)
-    entry = document
-    for name in adoption.server:
-        entry = entry[name]
-    words = adoption.launch(LEASE_TTL, adoption.purpose, (adoption.program,))
-    entry["command"], entry["args"] = words[0], [*words[1:], entry["command"], *entry.get("args", [])]
+    entry = server_entry(document, adoption.server)
+    this = (adoption.program,)
+    if adoption.wrapped is not None:
+        words = adoption.server_launch(this)
+    else:
+        words = (
+            *adoption.launch(LEASE_TTL, adoption.purpose, this), entry["command"], *entry.get("args", []),
+        )  # fmt: skip
+    entry["command"], entry["args"] = words[0], list(words[1:])
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 

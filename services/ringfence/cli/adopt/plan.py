@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ringfence.backends.database import DatabaseLogin
 from ringfence.backends.secret_sources import BackendSettings
@@ -18,11 +22,19 @@ from ringfence.cli.adopt.adoption import (
     Adoption,
     AdoptStoppedError,
     Provider,
+    WrappedServer,
 )
-from ringfence.cli.adopt.files import credentials_in, identity_of, server_of
+from ringfence.cli.adopt.files import PLACEHOLDER, credentials_in, identity_of, server_entry, server_of
 from ringfence.cli.adopt.steps import Place, Role
 from ringfence.cli.shared.arguments import parse_permission, parse_scope, write_permission
-from ringfence.cli.shared.options import duration_s
+from ringfence.cli.shared.mcp_tools import (
+    list_tools,
+    plain_tools,
+    target_options,
+    tool_permissions,
+    with_server,
+)
+from ringfence.cli.shared.options import duration_s, settings
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.settings import load
 from ringfence.kernel.crypto.keys import SigningKey
@@ -49,6 +61,9 @@ class Typed:
     lasts: str
     vault: str | None
     vault_token: Path | None
+    wrap: str | None
+    """The command of an MCP server."""
+    mounts: tuple[str, ...]
 
 
 def planned(file: Path, typed: Typed, folder: AdoptFolder, keys: Mapping[Role, Path]) -> Adoption:
@@ -79,7 +94,9 @@ def planned(file: Path, typed: Typed, folder: AdoptFolder, keys: Mapping[Role, P
             "--target, --url postgresql://USER@HOST/DATABASE" if database else "--target, --url and --trial"
         )
         raise AdoptStoppedError(f"{finding.title} has no template; type {missing}, as it is not known")
-    allow = _allow(target, provider, typed.allow)
+    tools = f"{target}-tools"
+    of_tools = tuple(one for one in typed.allow if typed.wrap and one.startswith(f"{tools}:"))
+    allow = _allow(target, provider, tuple(one for one in typed.allow if one not in of_tools))
     add, allowed = provider.add, f"GET {typed.trial}" if typed.trial else provider.allowed
     if database:
         add, allowed = (*add, "--address", _address(url)), _statement(allow)
@@ -97,11 +114,18 @@ def planned(file: Path, typed: Typed, folder: AdoptFolder, keys: Mapping[Role, P
     duration_s(typed.lasts)
     assert finding.fingerprint is not None
     identity, data, _ = identity_of(path, folder.fingerprinter)
+    server = server_of(data, secret.reveal())
+    wrapped = None
+    if typed.wrap is not None:
+        if not server:
+            raise AdoptStoppedError(f"no MCP server that {path} starts has this credential; leave --wrap out")
+        _check_others(path, server, data, secret, folder)
+        wrapped = _wrapped(tools, typed, server_entry(json.loads(_without(data, secret)), server), of_tools)
     beside = Path(sys.executable).with_name("ringfence")
     adoption = Adoption(
         target=target, kind="postgres" if database else "http", title=finding.title, file=path,
         reader=finding.reader, field=finding.place.field,
-        exposed=finding.fingerprint, content=identity, server=server_of(data, secret.reveal()),
+        exposed=finding.fingerprint, content=identity, server=server, wrapped=wrapped,
         program=str(beside) if beside.exists() else "ringfence",
         place=place, vault=typed.vault, vault_token=token, url=url.rstrip("/"), typed=typed.url is not None, add=add,
         allow=allow, agent=typed.agent, agent_key=key, new_agent=True, user=user,
@@ -112,22 +136,90 @@ def planned(file: Path, typed: Typed, folder: AdoptFolder, keys: Mapping[Role, P
     return adoption
 
 
+def _without(data: bytes, secret: SecretValue) -> bytes:
+    return data.replace(secret.reveal().encode(), PLACEHOLDER.encode())
+
+
+def _check_others(
+    path: Path, server: tuple[str, ...], data: bytes, secret: SecretValue, folder: AdoptFolder
+) -> None:
+    """Raises AdoptStoppedError if the server has another credential: it would get into arguments and state."""
+    entry = json.dumps(server_entry(json.loads(data), server), ensure_ascii=False)
+    for finding, other in credentials_in(path, folder.fingerprinter):
+        if other.reveal() != secret.reveal() and other.reveal() in entry:
+            raise AdoptStoppedError(
+                f"{server[-1]} has another credential, {finding.place.field}; --wrap takes servers with one"
+            )
+
+
+def _wrapped(target: str, typed: Typed, entry: Mapping[str, Any], allow: tuple[str, ...]) -> WrappedServer:
+    """Return the server as it starts in a sandbox; starts it once outside, with an empty environment, for its tools.
+
+    `entry`: of the file, without the credential. `allow`: permissions of its tools that the person typed.
+    Raises AdoptStoppedError, and InvalidCallError if it lists no tools.
+    """
+    command = tuple(shlex.split(str(typed.wrap)))
+    if command != (entry["command"], *entry.get("args", [])):
+        raise AdoptStoppedError(
+            f"--wrap is another command than that in the file; type it as it is there, and {PLACEHOLDER} for the "
+            "credential"
+        )
+    if not all(Path(one).is_absolute() for one in typed.mounts):
+        raise AdoptStoppedError(
+            "write each --mount as an absolute path: the client may start the server elsewhere"
+        )
+    key_file = settings().runner_key_file
+    if key_file is None:
+        raise AdoptStoppedError(
+            "--wrap needs this machine's runner; set RINGFENCE_RUNNER_KEY_FILE, and see docs/runs.md"
+        )
+    tools = plain_tools(with_server(command, list_tools, {"PATH": os.environ.get("PATH", os.defpath)}))
+    variables = {
+        name: value for name, value in (entry.get("env") or {}).items() if not name.startswith("RINGFENCE_")
+    }
+    return WrappedServer(
+        target=target,
+        add=target_options(tools),
+        allow=tuple(
+            dict.fromkeys(
+                (
+                    *tool_permissions(target, tools),
+                    *map(write_permission, parse_scope(allow, may_be_empty=True)),
+                )
+            )
+        ),
+        tools=tuple(one.name for one in tools if one.reads),
+        command=command,
+        mounts=typed.mounts,
+        variables=tuple(f"{name}={value}" for name, value in variables.items()),
+        runner=SigningKey.load(key_file).id.rpartition("/")[2],
+    )
+
+
 def _check_records(place: Place) -> None:
     """Note whether the agent is there already, and the target was. Raises AdoptStoppedError if the target is."""
     adoption = place.adoption
 
-    async def status(api: ReadApi) -> str:
-        return str((await api.record("target", adoption.target))["state"]["status"])
+    def status_of(target: str) -> Callable[[ReadApi], Awaitable[str]]:
+        async def status(api: ReadApi) -> str:
+            return str((await api.record("target", target))["state"]["status"])
+
+        return status
 
     async def agent(api: ReadApi) -> str:
         return str((await api.record("agent", adoption.agent))["id"])
 
-    before = place.found(status)
-    if before == "active":
-        raise AdoptStoppedError(f"there is a target {adoption.target} already; name another --target")
-    if before is not None:
-        adoption.add = (*adoption.add, "--yes")  # it was removed, and nothing is there to be replaced
+    for one in (adoption, adoption.wrapped):
+        before = place.found(status_of(one.target)) if one else None
+        if one and before == "active":
+            raise AdoptStoppedError(f"there is a target {one.target} already; name another --target")
+        if one and before is not None:
+            one.add = (*one.add, "--yes")  # it was removed, and nothing is there to be replaced
     adoption.new_agent = place.found(agent) is None
+    if not adoption.new_agent and adoption.wrapped:
+        raise AdoptStoppedError(
+            f"agent {adoption.agent} is registered; a wrapped server is an agent of its own: --agent"
+        )
     if not adoption.new_agent and not adoption.agent_key.exists():
         raise AdoptStoppedError(f"agent {adoption.agent} is registered; name its key file with --agent-key")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -17,8 +18,16 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from ringfence.cli.adopt import files
-from ringfence.cli.adopt.adoption import AdoptFolder, Adoption, AdoptStoppedError, each
+from ringfence.cli.adopt.adoption import (
+    LEASE_TTL,
+    AdoptFolder,
+    Adoption,
+    AdoptStoppedError,
+    WrappedServer,
+    each,
+)
 from ringfence.cli.shared.arguments import parse_permission
+from ringfence.cli.shared.mcp_tools import Process, Tool, call_refused, list_tools, with_server
 from ringfence.cli.shared.options import settings
 from ringfence.cli.shared.output import note, say
 from ringfence.client.errors import ApiError
@@ -68,7 +77,7 @@ class Place:
 
     @property
     def scope(self) -> tuple[Permission, ...]:
-        return tuple(map(parse_permission, self.adoption.allow))
+        return tuple(map(parse_permission, self.adoption.granted))
 
 
 class Step(Protocol):
@@ -160,7 +169,7 @@ class AssignTask:
             one.agent,
             "--purpose",
             one.purpose,
-            *each("--allow", one.allow),
+            *each("--allow", one.granted),
             "--for",
             one.lasts,
         )
@@ -214,6 +223,38 @@ class Trial:
         """Do nothing: the lease was released."""
 
 
+@dataclass(frozen=True, slots=True)
+class ServerTrial:
+    """Starts the MCP server in its sandbox: it must list its tools, and another tool must be refused."""
+
+    wrapped: WrappedServer
+    name = "server trial"
+
+    def describe(self, place: Place) -> Iterator[str]:
+        tools = ", ".join(self.wrapped.tools) or "none"
+        yield f"in its sandbox, {shlex.join(self.wrapped.command)} must list its tools that read:"
+        yield f"{tools}; the gateway must refuse a call of {_NO_TOOL}"
+
+    def do(self, place: Place) -> None:
+        async def tried(process: Process) -> tuple[list[Tool], str]:
+            return await list_tools(process), await call_refused(process, _NO_TOOL)
+
+        tools, refused = with_server(place.adoption.server_launch(_THIS), tried, os.environ)
+        names = {one.name for one in tools}
+        say(f"  {self.wrapped.target}: {len(names)} tools; {_NO_TOOL}: {refused or 'not refused'}")
+        if not refused or not names.issuperset(self.wrapped.tools):
+            raise AdoptStoppedError(
+                "the wrapped server lists other tools than before, or a call without a permission passed"
+            )
+
+    def undo(self, place: Place) -> None:
+        """Do nothing: the run ended."""
+
+
+_NO_TOOL = "ringfence-trial"
+"""No server has this tool, and no rule allows it."""
+
+
 def _at(url: str, request: str) -> str:
     method, _, path = request.partition(" ")
     return f"{method} {url}{path}"
@@ -234,10 +275,12 @@ class EditFile:
 
     def describe(self, place: Place) -> Iterator[str]:
         one = place.adoption
-        yield f"only then write {files.PLACEHOLDER} in the place of {one.field} in {one.file}; the file as it was is"
+        yield f"only then write {files.PLACEHOLDER} in the place of {one.field} in {one.file};"
         if one.server:
-            yield f"there, {one.server[-1]} starts by: ringfence request --exec, behind the gateway;"
-        yield f"kept in {place.folder.copy_file(one.target)} (mode 0600) until --finish, at most seven days"
+            how = "mcp wrap, in a sandbox" if one.wrapped else "request --exec, behind the gateway"
+            yield f"there, {one.server[-1]} starts by: ringfence {how};"
+        yield f"the file as it was is kept in {place.folder.copy_file(one.target)}"
+        yield "(mode 0600) until --finish, at most seven days"
 
     def do(self, place: Place) -> None:
         files.edit_file(place.adoption, place.folder)
@@ -251,34 +294,44 @@ def steps_of(place: Place) -> list[Step]:
     one = place.adoption
     url = () if one.kind == "postgres" else ("--setting", f"url={one.url}")
     add = ("target", "add", one.target, "--description", f"{one.title}, adopted", *one.add, *url)
-    agent: tuple[str, ...] = ("agent", "set-ceiling", one.agent, *each("--add", one.allow))
+    agent: tuple[str, ...] = ("agent", "set-ceiling", one.agent, *each("--add", one.granted))
     if one.new_agent:
         agent = (
-            "agent", "register", one.agent, "--description", f"acts on {one.target}", *each("--allow", one.allow),
+            "agent", "register", one.agent, "--description", f"acts on {one.target}", *each("--allow", one.granted),
             "--key-file", str(one.agent_key),
+            *(("--selector", f"runner={one.wrapped.runner} life={LEASE_TTL}") if one.wrapped else ()),
         )  # fmt: skip
-    removed = (*each("--remove", one.allow), "--yes")
+    removed = (*each("--remove", one.granted), "--yes")
+    wrapped = [one.wrapped] if one.wrapped else []
     return [
         MoveSecret(),
-        RecordStep(
-            "target", "operator", add,
-            ("target", "remove", one.target, "--reason", "ringfence adopt --undo", "--yes"), _has_target,
+        _add_target("target", one.target, add),
+        *(
+            _add_target(
+                "server target", server.target,
+                ("target", "add", server.target, "--description", f"{one.server[-1]}, an MCP server", *server.add),
+            )
+            for server in wrapped
         ),
         RecordStep(
-            "entitlement", "operator", ("user", "set", one.user, *each("--add", one.allow), "--yes"),
+            "entitlement", "operator", ("user", "set", one.user, *each("--add", one.granted), "--yes"),
             ("user", "set", one.user, *removed), _has_entitlement,
         ),
         MakeAgentKey(),
         RecordStep("agent", "sponsor", agent, ("agent", "set-ceiling", one.agent, *removed), _has_ceiling),
         AssignTask(),
         Trial(),
+        *map(ServerTrial, wrapped),
         EditFile(),
     ]  # fmt: skip
 
 
-async def _has_target(api: ReadApi, place: Place) -> bool:
-    state = (await api.record("target", place.adoption.target))["state"]
-    return bool(state["status"] == "active")
+def _add_target(name: str, target: str, add: tuple[str, ...]) -> RecordStep:
+    async def is_active(api: ReadApi, place: Place) -> bool:
+        return bool((await api.record("target", target))["state"]["status"] == "active")
+
+    remove = ("target", "remove", target, "--reason", "ringfence adopt --undo", "--yes")
+    return RecordStep(name, "operator", add, remove, is_active)
 
 
 async def _has_entitlement(api: ReadApi, place: Place) -> bool:

@@ -89,6 +89,23 @@ def adopt(
             help="The file with your token for Vault. [default: ~/.vault-token]",
         ),
     ] = None,
+    wrap: Annotated[
+        str | None,
+        typer.Option(
+            "--wrap",
+            metavar="COMMAND",
+            help="The MCP server's command as it is in FILE: it then starts in a sandbox, by ringfence mcp wrap. It is "
+            "started once without one, with an empty environment, for the list of its tools.",
+        ),
+    ] = None,
+    mount: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mount",
+            metavar="DIR[:rw]",
+            help="With --wrap: a folder that the server sees, such as that of its packages. Repeatable.",
+        ),
+    ] = None,
     agent: Annotated[
         str,
         typer.Option("--agent", metavar="AGENT", callback=check_name, help="The agent; made if it is new."),
@@ -182,6 +199,8 @@ def adopt(
             lasts,
             vault,
             vault_token,
+            wrap,
+            tuple(mount or ()),
         )
         adoption = planned(file, typed, folder, keys)
     if adoption is None:
@@ -235,13 +254,13 @@ def _say_what_follows(place: Place, agent_user: str) -> None:
 
     one, location = place.adoption, location_of(place.adoption)
     database = one.kind == "postgres"
-    how = "logs in by the variables of libpq" if database else "keeps its base URL"
-    say(f"The agent's program {how}, and starts so:", "heading")
-    say(f"  {shlex.join(one.launch(LEASE_TTL, one.purpose))} COMMAND")
+    if not one.wrapped:
+        how = "logs in by the variables of libpq" if database else "keeps its base URL"
+        say(f"The agent's program {how}, and starts so:", "heading")
+        say(f"  {shlex.join(one.launch(LEASE_TTL, one.purpose))} COMMAND")
     if one.server:
-        say(
-            f"{one.file} starts {one.server[-1]} so already; restart its client once an hour, with the lease."
-        )
+        where = "in a sandbox" if one.wrapped else "so already"
+        say(f"{one.file} starts {one.server[-1]} {where}; restart its client once an hour, with the lease.")
     page = f" at {one.rotate}" if one.rotate else ""
     rotate = "change that password at the server" if database else f"rotate the key{page}"
     new = "If its URL has the old one, write the new one" if database else "Write the new one"
