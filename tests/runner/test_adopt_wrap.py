@@ -16,6 +16,7 @@ from mcp import ClientSession, McpError, StdioServerParameters
 from mcp.client.stdio import stdio_client
 
 from tests.runner.installation import Installation, NotesServer
+from tests.support.adopter import adopt_in
 from tests.support.scan_corpus import Maker
 
 SITE = Path(mcp.__file__).parents[1]
@@ -65,23 +66,6 @@ def config(hub: NotesServer, tmp_path: Path) -> Path:
     return file
 
 
-def adopt(here: Installation, config: Path, *more: str, status: int = 0) -> str:
-    users = here.folder / ".ringfence/users"
-    keys = [
-        word
-        for role, who in (("operator", "olga"), ("sponsor", "sam"), ("user", "maria"))
-        for word in (f"--{role}", str(users / f"{who}.json"))
-    ]
-    done = here.call(
-        "adopt", *more, "--yes", *keys,
-        environment={**here.environment(), "HOME": str(config.parents[1])},
-    )  # fmt: skip
-    printed = (done.stdout + done.stderr).decode()
-    assert done.returncode == status, printed
-    assert TOKEN not in printed
-    return printed
-
-
 def words(hub: NotesServer, config: Path, target: str, command: str | None = None) -> list[str]:
     entry = json.loads(config.read_text())["mcpServers"]["hub"]
     mounts = [SITE, config.parents[1] / "hub", *([] if BASE.is_relative_to("/usr") else [BASE])]
@@ -97,7 +81,7 @@ async def test_server_with_a_token_starts_in_a_sandbox_and_goes_back(
     here: Installation, hub: NotesServer, config: Path
 ) -> None:
     before = config.read_text()
-    printed = adopt(here, config, *words(hub, config, "hub"))
+    printed = adopt_in(here, config.parents[1], TOKEN, *words(hub, config, "hub"))
     assert "starts hub in a sandbox" in " ".join(printed.split())
     after = json.loads(config.read_text())["mcpServers"]["hub"]
     assert TOKEN not in config.read_text()
@@ -127,7 +111,7 @@ async def test_server_with_a_token_starts_in_a_sandbox_and_goes_back(
             assert code_of(refused.value) in ("beyond_scope", "beyond_lease")
     assert hub.authorizations[-1] == f"Bearer {TOKEN}"
 
-    adopt(here, config, "--target", "hub", "--undo")
+    adopt_in(here, config.parents[1], TOKEN, "--target", "hub", "--undo")
     assert config.read_text() == before
     shown = here.say("target", "show", "hub-tools", who="olga")
     assert shown["state"]["status"] == "removed"
@@ -141,7 +125,9 @@ def code_of(error: McpError) -> str:
 def test_other_command_than_that_in_the_file_is_refused(
     here: Installation, hub: NotesServer, config: Path
 ) -> None:
-    printed = adopt(here, config, *words(hub, config, "hub-2", command="/bin/true"), status=1)
+    printed = adopt_in(
+        here, config.parents[1], TOKEN, *words(hub, config, "hub-2", command="/bin/true"), status=1
+    )
     assert "another command than that in the file" in printed
     assert TOKEN in config.read_text()
 
@@ -153,5 +139,5 @@ def test_server_with_a_second_credential_is_refused(
     document["mcpServers"]["hub"]["env"]["NPM_TOKEN"] = Maker(45).crc_token("npm")
     config.write_text(json.dumps(document))
     given = [*words(hub, config, "hub-3"), "--field", "mcpServers.hub.env.GITHUB_TOKEN"]
-    printed = adopt(here, config, *given, status=1)
+    printed = adopt_in(here, config.parents[1], TOKEN, *given, status=1)
     assert "has another credential" in printed

@@ -16,6 +16,7 @@ from ringfence.dev.stack import Stack
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.registry import Role
 from ringfence.model.identity.spiffe_ids import spiffe_id
+from tests.runner.installation import Installation
 
 PROGRAM = (sys.executable, "-m", "ringfence.cli.main")
 
@@ -93,3 +94,19 @@ class Adopter:
         return {
             one.name: one.read_bytes() for one in (self.folder / ".local/state/ringfence/adopt").iterdir()
         }
+
+
+def adopt_in(here: Installation, home: Path, secret: str, *words: str, status: int = 0) -> str:
+    """What `ringfence adopt` printed on an installation, without the secret. `home`: of the developer."""
+    users = here.folder / ".ringfence/users"
+    keys = [
+        word
+        for role, who in (("operator", "olga"), ("sponsor", "sam"), ("user", "maria"))
+        for word in (f"--{role}", str(users / f"{who}.json"))
+    ]
+    environment = {**here.environment(), "HOME": str(home), "XDG_STATE_HOME": str(home / "state")}
+    done = here.call("adopt", *words, "--yes", *keys, environment=environment)
+    printed = (done.stdout + done.stderr).decode()
+    assert done.returncode == status, printed
+    assert secret not in printed
+    return printed

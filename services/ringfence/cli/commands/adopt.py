@@ -93,9 +93,9 @@ def adopt(
         str | None,
         typer.Option(
             "--wrap",
-            metavar="COMMAND",
-            help="The MCP server's command as it is in FILE: it then starts in a sandbox, by ringfence mcp wrap. It is "
-            "started once without one, with an empty environment, for the list of its tools.",
+            metavar="TEXT",
+            help="Let the MCP server of FILE start in a sandbox; type its command as it is there. It starts once "
+            "without a sandbox, to list its tools.",
         ),
     ] = None,
     mount: Annotated[

@@ -13,7 +13,6 @@ import re
 import tempfile
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from ringfence import __version__
@@ -93,21 +92,20 @@ async def _with_server(
     server: Sequence[str], work: Callable[[Process], Awaitable[T]], environment: Mapping[str, str]
 ) -> T:
     pipe = asyncio.subprocess.PIPE
-    with tempfile.TemporaryDirectory() as home:
-        errors = Path(home) / "stderr"
-        with errors.open("wb") as stderr:
-            try:
-                process = await asyncio.create_subprocess_exec(
-                    *server, stdin=pipe, stdout=pipe, stderr=stderr, env={"HOME": home, **environment},
-                    limit=_LONGEST_LINE,
-                )  # fmt: skip
-            except OSError as error:
-                raise InvalidCallError(f"{server[0]} does not start: {error.strerror}") from None
+    with tempfile.TemporaryDirectory() as home, tempfile.TemporaryFile() as errors:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *server, stdin=pipe, stdout=pipe, stderr=errors, env={"HOME": home, **environment},
+                limit=_LONGEST_LINE,
+            )  # fmt: skip
+        except OSError as error:
+            raise InvalidCallError(f"{server[0]} does not start: {error.strerror}") from None
         try:
             async with asyncio.timeout(_WITHIN_S):
                 return await work(process)
         except (TimeoutError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError):
-            said = errors.read_text(errors="replace").splitlines()[-_LAST_LINES:]
+            errors.seek(0)
+            said = errors.read().decode(errors="replace").splitlines()[-_LAST_LINES:]
             problem = f"{server[0]} did not list its tools within {_WITHIN_S:.0f} s, as MCP has it"
             raise InvalidCallError(Lines([problem, *said])) from None
         finally:
