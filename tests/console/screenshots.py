@@ -35,6 +35,7 @@ PATHS: Final = {
     "audit": "/audit",
     "trace": "/trace/{lease}",
     "gateway": "/gateway?since=24h",
+    "usage": "/usage",
     "findings": "/findings",
     "coverage": "/coverage",
 }

@@ -11,7 +11,7 @@ import random
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.approval import ActionRequest, ShownHeader
 from ringfence.messages.base import Permission
 from ringfence.messages.credential import Reason
-from ringfence.messages.operations import ActionDecided
+from ringfence.messages.operations import ActionAnswered, ActionDecided, ModelUsage
 from ringfence.messages.registry import BackendSettings, Role, VerbFloor
 from ringfence.messages.topics import ACTION, APPROVAL_REQUEST
 from ringfence.model.requests.facts import load_records
@@ -107,6 +107,7 @@ async def showcase(
         }
         await _ask(bots["deploy-bot"], tasks["deploy-bot"], "read", "env/staging/db", "to compare", 3300)
         await _blocked(realm, tasks, leases)
+        await send_answers(realm, "deploy-bot", tasks["deploy-bot"], {"gpt-5": 1200, "claude-opus": 45_000})
         for build in (421, 422, 423):
             reason = f"deploy build {build}"
             later(_ask(bots["deploy-bot"], tasks["deploy-bot"], "write", "env/staging/web", reason, 300))
@@ -250,6 +251,20 @@ async def _blocked(realm: NamedRealm, tasks: dict[str, str], leases: dict[str, s
                 )
             )
         await asyncio.gather(*sent)
+
+
+async def send_answers(realm: RunningStack, agent: str, task: str, tokens: Mapping[str, int]) -> None:
+    """Answers of language models now, as gateways tell them. `tokens`: by model."""
+    async with realm.publisher() as publisher:
+        for model, count in tokens.items():
+            event = ActionAnswered(
+                action_id=str(uuid.uuid4()), gateway=f"spiffe://{realm.settings.trust_domain}/service/gateway",
+                agent_id=agent, task_id=task, target_id="llm", verb="generate", resource=f"model/{model}",
+                answer="result", http_status=200, usage=ModelUsage(tokens=count, counted="usage"),
+                at_ms=int(time.time() * 1000),
+            )  # fmt: skip
+            outbound = Outbound(agent, event.model_dump_json(exclude_none=True), id=event.action_id)
+            await (await publisher.send(ACTION, "action", outbound))
 
 
 async def _action(realm: NamedRealm, bot: Agent, task: str, lease_id: str) -> str:

@@ -12,6 +12,7 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.topics import ACTION
 from tests.console.conftest import Visitor
+from tests.console.showcase import send_answers
 from tests.passkeys.organisation import Organisation
 
 
@@ -45,3 +46,18 @@ async def test_340_blocked_are_280_reads_and_60_writes(sponsor: Visitor, organis
     await page.get_by_text("The numbers").click()
     numbers = await page.locator("#numbers tbody tr td.number").all_inner_texts()
     assert sum(map(int, numbers)) == 340
+
+
+async def test_usage_page_has_tokens_by_agent_task_model_and_day(
+    sponsor: Visitor, organisation: Organisation
+) -> None:
+    realm = organisation.realm
+    page = await sponsor.sign_in("/usage")
+    await expect(page.locator("#table")).to_contain_text("No request to a language model")
+    await send_answers(realm, realm.agent, realm.task, {"gpt-5": 1200, "m-1": 34})
+    await expect(page.locator("#tokens")).to_have_text("1,234", timeout=60_000)
+    first = page.locator("#table tbody tr").first
+    for text in (time.strftime("%Y-%m-%d", time.gmtime()), realm.agent, realm.task[:8], "gpt-5", "1,200"):
+        await expect(first).to_contain_text(text)
+    await sponsor.open("/usage?agent=another")
+    await expect(page.locator("#table")).to_contain_text("No request to a language model")

@@ -23,7 +23,7 @@ PATHS = (
     "/approvals", "/approvals?show=others", "/approvals/{request}", "/grants", "/grants?show=all", "/proposals",
     "/agents", "/agents/{agent}", "/agents/night-bot", "/agents/nobody", "/offers/{offer}", "/leases",
     "/leases/{lease}", "/tasks", "/tasks?status=all", "/tasks/{task}", "/audit", "/trace/{lease}", "/gateway",
-    "/findings", "/coverage",
+    "/usage", "/findings", "/coverage",
 )  # fmt: skip
 LivedIn = tuple[Visitor, dict[str, str]]
 

@@ -57,4 +57,6 @@ async def test_server_everything_runs_in_a_sandbox_without_its_token(
             assert TOKEN not in said
             with pytest.raises(McpError) as refused:
                 await session.call_tool("toggle-simulated-logging", {})
+    (here.folder / ".ringfence/secrets/hub").write_text(Maker(47).crc_token("ghp"))
+    adopt_in(here, tmp_path, TOKEN, "--target", "hub", "--finish")  # the agent is in the sandbox
     assert refused.value.error.data["code"] in ("beyond_scope", "beyond_lease")  # type: ignore[index]

@@ -267,7 +267,13 @@ def _say_what_follows(place: Place, agent_user: str) -> None:
     say(f"Now {rotate}: every reader of {one.file} may have it. {new} to {location}, then run:")
     say(f"  ringfence adopt --target {one.target} --finish")
     if location.readable_by(agent_user):
-        note(f"agent_can_read: {agent_user}, as whom the agent runs, can read {location}", "warning")
+        if one.wrapped:
+            note(
+                f"the server cannot read {location} from its sandbox; its client, as {agent_user}, can",
+                "warning",
+            )
+        else:
+            note(f"agent_can_read: {agent_user}, as whom the agent runs, can read {location}", "warning")
 
 
 def _undo(place: Place, yes: bool) -> None:
@@ -307,7 +313,7 @@ def _finish(place: Place, agent_user: str, accept: str | None) -> None:
         raise AdoptStoppedError(
             f"{location} still has the credential that was in {one.file}; rotate it{page}, and write the new one there"
         )
-    if location.readable_by(agent_user):
+    if not one.wrapped and location.readable_by(agent_user):
         if accept is None:
             raise AdoptStoppedError(
                 f"agent_can_read: {agent_user}, as whom the agent runs, can read {location}. Run the agent as another "

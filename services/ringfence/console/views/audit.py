@@ -1,6 +1,7 @@
 """The audit trail: search, one trace as a timeline back to the human, findings.
 
-What gateways blocked and allowed: by agent, target, read or write and reason, and over time.
+What gateways blocked and allowed: by agent, target, read or write and reason, and over time. What agents used of
+language models.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from typing import Any, Final
 from urllib.parse import urlencode
 
 from ringfence.client.reports.action_report import ActionReport
+from ringfence.client.reports.model_usage_report import ModelUsageReport, model_usage_report
 from ringfence.console.views.page import Page, View
 
 SPANS: Final = {"1h": 3_600_000, "24h": 86_400_000, "7d": 7 * 86_400_000, "30d": 30 * 86_400_000}
 SPAN_NAMES: Final = {"1h": "1 hour", "24h": "24 hours", "7d": "7 days", "30d": "30 days"}
+_USAGE_PAGES: Final = 3
+"""Of audit, each of at most 1000 events. A page of the console does not wait for more."""
 _BARS: Final = 24
 _ROWS: Final = 25
+_USAGE_ROWS: Final = 200
 
 
 async def gateway(view: View) -> Page:
@@ -70,6 +75,35 @@ async def gateway(view: View) -> Page:
         "gateway",
         costly=True,
     )
+
+
+async def usage(view: View) -> Page:
+    """Tokens and requests of language models by day, agent, task and model, in a period that ends now."""
+    since = view.query.get("since") or "30d"
+    agent = view.query.get("agent", "").strip()
+    report = await usage_report(view, SPANS.get(since, SPANS["30d"]), **({"agent": agent} if agent else {}))
+    rows = report.listed()
+    return Page(
+        "usage.html",
+        "Usage",
+        {
+            "report": report,
+            "rows": rows[:_USAGE_ROWS],
+            "more": max(0, len(rows) - _USAGE_ROWS),
+            "since": since if since in SPANS else "30d",
+            "spans": SPANS,
+            "names": SPAN_NAMES,
+            "agent": agent,
+        },
+        "usage",
+        costly=True,
+    )
+
+
+async def usage_report(view: View, span_ms: int, **of: str) -> ModelUsageReport:
+    """Return what was used in a period that ends now. `of`: `agent` or `task`. Raises ApiError."""
+    since_ms = view.now_ms - span_ms
+    return await model_usage_report(view.reads, since_ms, lambda share: None, most_pages=_USAGE_PAGES, **of)
 
 
 def _bars(counts: dict[str, Any]) -> list[tuple[str, Any, float, float, float]]:

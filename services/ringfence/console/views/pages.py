@@ -12,10 +12,19 @@ from typing import Any, Final
 
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.access_report import coverage_report
-from ringfence.client.reports.model_usage_report import ModelUsageReport, model_usage_report
+from ringfence.client.reports.model_usage_report import ModelUsageReport
 from ringfence.console.commands import SECONDED_TOGETHER
 from ringfence.console.views.approvals import approval, approvals
-from ringfence.console.views.audit import SPAN_NAMES, SPANS, audit, findings, gateway, trace
+from ringfence.console.views.audit import (
+    SPAN_NAMES,
+    SPANS,
+    audit,
+    findings,
+    gateway,
+    trace,
+    usage,
+    usage_report,
+)
 from ringfence.console.views.page import MakePage, Page, View
 from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.base import Permission
@@ -53,28 +62,20 @@ async def agents(view: View) -> Page:
     )
 
 
-USAGE_DAYS: Final = 30
-_USAGE_PAGES: Final = 3
-"""Of audit, each of at most 1000 events. A page of the console does not wait for more."""
-
-
 def _uses_models(scope: Iterable[Mapping[str, Any]], limits: object) -> bool:
     """Tell if audit is asked for the usage of models: it reads thousands of events at each comparison of a page."""
     return bool(limits) or any(name.startswith("model/") for one in scope for name in one["resources"])
 
 
 async def _model_usage(view: View, asked: bool, **of: str) -> ModelUsageReport | None:
-    """Return the usage of language models by an agent or a task in `USAGE_DAYS`; None if audit does not answer.
+    """Return the usage of language models by an agent or a task in 30 days; None if audit does not answer.
 
     It is empty unless `asked`.
     """
-    since_ms = view.now_ms - USAGE_DAYS * 24 * 3600 * 1000
     if not asked:
-        return ModelUsageReport(since_ms, view.now_ms)
+        return ModelUsageReport(view.now_ms - SPANS["30d"], view.now_ms)
     try:
-        return await model_usage_report(
-            view.reads, since_ms, lambda share: None, most_pages=_USAGE_PAGES, **of
-        )
+        return await usage_report(view, SPANS["30d"], **of)
     except ApiError:
         return None
 
@@ -361,6 +362,7 @@ PAGES: Final[dict[str, MakePage]] = {
     "/audit": audit,
     "/trace/{id}": trace,
     "/gateway": gateway,
+    "/usage": usage,
     "/findings": findings,
     "/coverage": coverage,
 }
@@ -371,6 +373,7 @@ SECTIONS: Final = {
     "tasks": "Tasks",
     "audit": "Audit",
     "gateway": "Gateway",
+    "usage": "Usage",
     "findings": "Findings",
     "coverage": "Coverage",
 }
