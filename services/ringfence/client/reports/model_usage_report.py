@@ -28,8 +28,9 @@ class UsageRow(NamedTuple):
 class ModelUsageReport:
     """The sums of a period. `tokens` are those that count for limits, whatever answers state."""
 
-    since_ms: int
-    until_ms: int
+    # Without the times, which move on: the console compares what a page shows by its `repr`.
+    since_ms: int = field(repr=False)
+    until_ms: int = field(repr=False)
     rows: dict[UsageRow, Counter[str]] = field(default_factory=dict)
     complete: bool = True
     """Whether all of the period was read."""
