@@ -52,9 +52,10 @@ class Adopter:
     def place(self, target: str) -> Path:
         return self.stack.secrets / target
 
-    async def make(self) -> Adopter:
+    async def make(self, by: Path | None = None) -> Adopter:
+        """Make the sponsor and the user. `by`: the key of who gives them their keys; olga's if not given."""
         settings = client_settings(self.stack.environment())
-        async with Administrator.connect(self.keys["--operator"], settings) as olga:
+        async with Administrator.connect(by or self.keys["--operator"], settings) as olga:
             made: tuple[tuple[str, list[Role]], ...] = (("sam", ["sponsor"]), ("maria", []))
             for who, roles in made:
                 name = f"{who}-{self.mark}"

@@ -75,6 +75,23 @@ class Place:
 
         return asyncio.run(ask())
 
+    def proposals(self, role: Role, subject: str) -> list[str]:
+        """Return the ids of a person's own open proposals about a record, oldest first."""
+        key = self.keys.get(role)
+        if key is None:
+            return []
+
+        async def ask() -> list[str]:
+            author = SigningKey.load(key).id.rpartition("/")[2]
+            async with ReadApi(key) as api:
+                return [
+                    one["id"]
+                    for one in await api.proposals()
+                    if (one["status"], one["author"], one["subject"]) == ("open", author, subject)
+                ]
+
+        return asyncio.run(ask())
+
     @property
     def scope(self) -> tuple[Permission, ...]:
         return tuple(map(parse_permission, self.adoption.granted))
@@ -128,12 +145,25 @@ class RecordStep:
         yield f"as the {self.role}: ringfence {shlex.join(self.words)}"
 
     def do(self, place: Place) -> None:
-        if not self._holds(place):
-            place.command(self.role, self.words)
+        if self._holds(place):
+            return
+        if waiting := place.proposals(self.role, self._subject):
+            raise AdoptStoppedError(
+                f"the change of {self._subject} waits for a second person, who runs: ringfence proposal second "
+                f"{waiting[0][:12]}; then run adopt again"
+            )
+        place.command(self.role, self.words)
 
     def undo(self, place: Place) -> None:
+        for proposal in place.proposals(self.role, self._subject):
+            place.command(self.role, ("proposal", "withdraw", proposal))
         if self._holds(place):
             place.command(self.role, self.undo_words)
+
+    @property
+    def _subject(self) -> str:
+        """The record as `proposal list` names it. A command is its kind, a verb, its id."""
+        return f"{self.words[0]} {self.words[2]}"
 
     def _holds(self, place: Place) -> bool:
         return bool(place.found(lambda api: self.holds(api, place)))
