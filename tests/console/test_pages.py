@@ -101,7 +101,7 @@ async def test_pages_show_what_there_is(lived_in: LivedIn) -> None:
     visitor, ids = lived_in
     page = await visitor.open("/leases?agent=deploy-bot")
     await expect(page.get_by_role("link", name=ids["lease"][:8])).to_be_visible()
-    await expect(page.locator("tbody time[data-until]").first).to_have_text(re.compile(r"^in \d+ min"))
+    await expect(page.locator("tbody time[data-until]").first).to_have_text(re.compile(r"^in \d+ (min|s)"))
     await expect(page.locator("#ends svg")).to_be_visible()
     page = await visitor.open("/tasks")
     await expect(page.get_by_role("row").filter(has_text="release 4.2")).to_have_count(1)

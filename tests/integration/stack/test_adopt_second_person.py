@@ -1,4 +1,4 @@
-"""`ringfence adopt` where the trust bundle requires a second person: it stops at each change until that one signs it."""
+"""`ringfence adopt` where two people have to sign what widens: it stops at each change until the second one has signed."""
 
 from __future__ import annotations
 
