@@ -1,4 +1,4 @@
-"""`ringfence adopt` where two people have to sign what widens: it stops at each change until the second one has signed."""
+"""`ringfence adopt` where two people have to sign what widens: it stops at each change until the second signs."""
 
 from __future__ import annotations
 
@@ -84,7 +84,17 @@ async def test_adoption_stops_at_each_change_until_a_second_person_signs_it(adop
 
     async with Target(respond=respond).serving() as server:
         url, allow = f"http://127.0.0.1:{server.port}", f"{target}:generate:model/m-1"
-        words = (".env", "--target", target, "--url", url, "--agent", adopter.agent, "--allow", allow)
+        words: tuple[str, ...] = (
+            ".env",
+            "--target",
+            target,
+            "--url",
+            url,
+            "--agent",
+            adopter.agent,
+            "--allow",
+            allow,
+        )
         for step in ("target", "entitlement", "agent"):
             printed = await adopter.adopt(*words, status=1)
             assert f"stopped at: {step}" in printed
