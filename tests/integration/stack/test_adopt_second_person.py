@@ -26,11 +26,9 @@ from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.gateway.model_server import respond
 from tests.gateway.target import Target
+from tests.integration.stack.test_adopt import OPENAI, dotenv_with_key
 from tests.support.adopter import PROGRAM, Adopter
-from tests.support.scan_corpus import Maker
 from tests.support.stack import now_s, options_of_stack, realm_in
-
-OPENAI = f"sk-proj-{Maker(46).token(40)}T3BlbkFJ{Maker(46).token(40)}"
 
 
 @pytest.fixture
@@ -78,23 +76,8 @@ async def waiting(adopter: Adopter) -> list[str]:
 
 @pytest.mark.timeout(300)
 async def test_adoption_stops_at_each_change_until_a_second_person_signs_it(adopter: Adopter) -> None:
-    dotenv, target = adopter.folder / ".env", f"llm-{adopter.mark}"
-    dotenv.write_text(f"OPENAI_API_KEY={OPENAI}\n")
-    adopter.secrets.append(OPENAI)
-
     async with Target(respond=respond).serving() as server:
-        url, allow = f"http://127.0.0.1:{server.port}", f"{target}:generate:model/m-1"
-        words: tuple[str, ...] = (
-            ".env",
-            "--target",
-            target,
-            "--url",
-            url,
-            "--agent",
-            adopter.agent,
-            "--allow",
-            allow,
-        )
+        dotenv, target, words = dotenv_with_key(adopter, server)
         for step in ("target", "entitlement", "agent"):
             printed = await adopter.adopt(*words, status=1)
             assert f"stopped at: {step}" in printed
@@ -115,12 +98,10 @@ async def test_adoption_stops_at_each_change_until_a_second_person_signs_it(adop
 
 @pytest.mark.timeout(300)
 async def test_undo_withdraws_the_change_that_waits(adopter: Adopter) -> None:
-    dotenv, target = adopter.folder / ".env", f"llm-{adopter.mark}"
-    dotenv.write_text(f"OPENAI_API_KEY={OPENAI}\n")
-    adopter.secrets.append(OPENAI)
-    allow = f"{target}:generate:model/m-1"
-    words = (".env", "--target", target, "--url", "http://127.0.0.1:1", "--agent", adopter.agent)
-    await adopter.adopt(*words, "--allow", allow, status=1)
+    async with Target(respond=respond).serving() as server:
+        dotenv, target, words = dotenv_with_key(adopter, server)
+        await adopter.adopt(*words, status=1)
+    assert len(await waiting(adopter)) == 1
     await adopter.adopt("--target", target, "--undo")
     assert await waiting(adopter) == []
     assert not adopter.place(target).exists()
